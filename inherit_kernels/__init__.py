@@ -1,0 +1,18 @@
+"""inherit_kernels: fused low-rank layers, plain and gated, behind one function per op.
+
+>>> import torch, inherit_kernels as ik
+>>> x, down, up, gate = torch.randn(2, 8), torch.randn(3, 8), torch.randn(4, 5, 3), torch.randn(4, 3)
+>>> y = ik.gated_lowrank_linear(x, down, up, gate)
+"""
+
+from inherit_kernels.dispatch import explain as explain
+from inherit_kernels.dispatch import use_backend as use_backend
+from inherit_kernels.ops.gated_lowrank_conv2d import gated_lowrank_conv2d as gated_lowrank_conv2d
+from inherit_kernels.ops.gated_lowrank_linear import gated_lowrank_linear as gated_lowrank_linear
+from inherit_kernels.ops.lowrank_conv2d import lowrank_conv2d as lowrank_conv2d
+from inherit_kernels.ops.lowrank_linear import lowrank_linear as lowrank_linear
+from inherit_kernels.packing import Packed as Packed
+from inherit_kernels.packing import pack as pack
+from inherit_kernels.status import status as status
+
+__version__ = "0.1.0"

@@ -1,0 +1,239 @@
+"""How a call runs: eagerly, as one torch operator, or as plain torch; and its gradient.
+
+* eager: the chosen implementation is called directly, behind an `autograd.Function` where a gradient is needed;
+* compiling, exporting, under a dispatch mode or with a tensor subclass: one node `inherit_kernels::<op>`;
+* under `torch.func` transforms and forward-mode differentiation: the unfused form, plain torch that every transform
+  understands. (A Function in `setup_context` form would serve reverse mode only, and cost 2 µs a call.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from inherit_kernels.common.activation import activate
+from inherit_kernels.dispatch import forced_backend, select
+from inherit_kernels.registry import Backend, OpSpec, differentiate
+
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def call(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Run an op on a complete argument list; the public functions end here."""
+    if _is_compiling():
+        return _call_as_operator(spec, tensors, options)
+    if (
+        type(tensors[0]) not in _PLAIN
+        or _dispatch_modes()
+        or _any_autocast()
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return _call_specially(spec, tensors, options)
+    try:
+        if _grad_enabled() and needs_gradient(tensors):
+            return _call_differentiably(spec, tensors, options)
+        backend = select(spec, tensors, options, False, forced_backend())
+        if not backend.checks_arguments:
+            spec.check(*tensors, *options)
+        return backend.forward(*tensors, *options)
+    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
+        raise_named(spec, tensors, options)  # the good path pays nothing for the named error
+        raise
+
+
+def raise_named(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> None:
+    """After a failure: raise the error that names the argument, if one was wrong."""
+    try:
+        spec.check(*tensors, *options)
+    except (TypeError, ValueError) as error:
+        raise error from None
+
+
+def is_plain_inference(tensors: tuple[Any, ...]) -> bool:
+    """Whether nothing but the values is asked for: no tracing, transform, autocast, subclass or gradient."""
+    return not (
+        _is_compiling()
+        or type(tensors[0]) not in _PLAIN
+        or _dispatch_modes()
+        or _any_autocast()
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or (_grad_enabled() and needs_gradient(tensors))
+    )
+
+
+def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether any of the tensors requires a gradient."""
+    for tensor in tensors:  # a loop: any() over a generator costs 0.3 µs more
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _call_specially(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    if torch.is_autocast_enabled(_device_type(tensors)):
+        return _call_under_autocast(spec, tensors, options)
+    spec.check(*tensors, *options)
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return spec.backends["unfused"].forward(*tensors, *options)
+    if _dispatch_modes() or type(tensors[0]) not in _PLAIN:
+        return _call_as_operator(spec, tensors, options)
+    with torch._C._DisableAutocast():  # autocast is on, but for another kind of device
+        return call(spec, tensors, options)
+
+
+def _device_type(tensors: Sequence[Any]) -> str:
+    return tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+
+
+def _call_under_autocast(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Every floating argument in the autocast dtype; a residual of another dtype is added outside the op."""
+    device_type = _device_type(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    *operands, residual = tensors
+    operands = [_cast(operand, dtype) for operand in operands]
+    with torch.autocast(device_type, enabled=False):
+        if residual is None or residual.dtype == operands[0].dtype:
+            return call(spec, (*operands, residual), options)
+        z = call(spec, (*operands, None), (*options[:-1], None))
+        if residual.shape != z.shape:
+            raise ValueError(f"residual: expected shape {list(z.shape)} (that of the output), got {list(residual.shape)}")
+        return activate(z + residual, options[-1])
+
+
+def _cast(operand: Any, dtype: torch.dtype) -> Any:
+    castable = isinstance(operand, Tensor) and operand.is_floating_point() and operand.dtype != torch.float64
+    return operand.to(dtype) if castable else operand
+
+
+def _call_differentiably(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Only None and relu are differentiated inside; torch differentiates the others, saving z as eager torch does."""
+    inside, outside = _split_activation(options)
+    backend = select(spec, tensors, inside, True, forced_backend())
+    if not backend.checks_arguments:
+        spec.check(*tensors, *options)
+    return activate(_Differentiable.apply(spec, backend, inside, *tensors), outside)
+
+
+def _split_activation(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], str | None]:
+    return (options, None) if options[-1] in (None, "relu") else ((*options[:-1], None), options[-1])
+
+
+class _Differentiable(torch.autograd.Function):
+    """Saves the inputs but the residual, the rank-sized t, and y for relu; nothing of size H × output."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: OpSpec, backend: Backend, options: tuple[Any, ...], *tensors: Any) -> Tensor:
+        y, t = backend.forward_saving(*tensors, *options)
+        ctx.spec, ctx.backend, ctx.options = spec, backend, options
+        ctx.save_for_backward(*tensors[:-1], t, y if options[-1] == "relu" else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        *tensors, t, y = ctx.saved_tensors
+        *needs, residual_needed = ctx.needs_input_grad[3:]
+        dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y.detach(), 0)
+        if not any(needs):
+            gradients: Sequence[Tensor | None] = [None] * len(needs)
+        elif torch.is_grad_enabled():  # double backward: the reference is differentiable to any order
+            gradients = differentiate(ctx.spec.reference, dz, tensors, ctx.options, needs, create_graph=True)
+        else:
+            gradients = ctx.backend.backward(dz, t, *tensors, *ctx.options, needs)
+        return None, None, None, *gradients, dz if residual_needed else None
+
+
+# --- one torch operator ------------------------------------------------------------------------------------------------
+
+
+class _Operator:
+    """The backend that calls the operators `<op>_saving` and `<op>_backward`, for use inside a traced graph."""
+
+    checks_arguments = True
+
+    def __init__(self, spec: OpSpec, backend: str | None):
+        self.spec, self.backend = spec, backend
+
+    def forward_saving(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return getattr(torch.ops.inherit_kernels, f"{self.spec.name}_saving").default(*args, self.backend)
+
+    def backward(self, dz: Tensor, t: Tensor, *args: Any) -> Sequence[Tensor | None]:
+        needs = args[-1]
+        found = iter(getattr(torch.ops.inherit_kernels, f"{self.spec.name}_backward").default(dz, t, *args, self.backend))
+        return [next(found) if need else None for need in needs]
+
+
+def _call_as_operator(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        return _call_under_autocast(spec, tensors, options)
+    inside, outside = options, None
+    if _grad_enabled() and needs_gradient(tensors):
+        inside, outside = _split_activation(options)
+    operator = getattr(torch.ops.inherit_kernels, spec.name).default
+    return activate(operator(*tensors, *inside, forced_backend()), outside)
+
+
+def implement(library: torch.library.Library, spec: OpSpec) -> None:
+    """Kernels, fakes and the gradient of the three operators of an op."""
+    operator = getattr(torch.ops.inherit_kernels, spec.name).default
+
+    def chosen(args: Sequence[Any], training: bool, forced: str | None) -> Backend:
+        tensors, options = spec.split(args)
+        spec.check(*args)
+        return select(spec, tensors, options, training, forced)
+
+    def forward(*args: Any) -> Tensor:
+        *args, forced = args
+        return chosen(args, False, forced).forward(*args)
+
+    def saving(*args: Any) -> tuple[Tensor, Tensor]:
+        *args, forced = args
+        return chosen(args, True, forced).forward_saving(*args)
+
+    def backward(dz: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
+        *args, needs, forced = args
+        count = len(needs)
+        backend = chosen((*args[:count], None, *args[count:]), True, forced)
+        return [gradient for gradient in backend.backward(dz, t, *args, needs) if gradient is not None]
+
+    def fake_forward(*args: Any) -> Tensor:
+        spec.check(*args[:-1])
+        return spec.fake(*args[:-1])[0]
+
+    def fake_saving(*args: Any) -> tuple[Tensor, Tensor]:
+        spec.check(*args[:-1])
+        return spec.fake(*args[:-1])
+
+    def fake_backward(dz: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
+        *args, needs, _ = args
+        return [torch.empty_like(tensor) for tensor, need in zip(args, needs, strict=False) if need]
+
+    def differentiable(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        *args, forced = args
+        tensors, options = spec.split(args)
+        if _grad_enabled() and needs_gradient(tensors):
+            inside, outside = _split_activation(options)
+            y = _Differentiable.apply(spec, _Operator(spec, forced), inside, *tensors)
+            return activate(y, outside)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, forced)
+
+    for suffix, kernel, fake in (
+        ("", forward, fake_forward),
+        ("_saving", saving, fake_saving),
+        ("_backward", backward, fake_backward),
+    ):
+        library.impl(spec.name + suffix, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"inherit_kernels::{spec.name}{suffix}", fake, lib=library)
+    library.impl(spec.name, differentiable, "Autograd", with_keyset=True)

@@ -1,0 +1,1 @@
+"""What two ops share: argument checks, activations, convolution geometry. Never imports an op."""

@@ -1,0 +1,128 @@
+"""Geometry of the convolution ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for, suggest_memory_format
+
+Pair = tuple[int, int]
+
+
+def as_pair(name: str, value: int | Sequence[int], minimum: int) -> Pair:
+    """`value` as a pair of ints, each at least `minimum`.
+
+    Raises:
+        TypeError: neither an int nor two ints.
+        ValueError: one of them is below `minimum`.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or not all(isinstance(item, int) and not isinstance(item, bool) for item in pair):
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"{name}: expected values of at least {minimum}, got {value!r}")
+    return pair
+
+
+def output_size(size: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """(Ho, Wo) of a convolution: ⌊(size + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1."""
+    height, width = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    return height, width
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last when the strides of `x` `[B, C, Hi, Wi]` prefer it, contiguous_format otherwise.
+
+    The weight never decides, unlike in `torch.nn.functional.conv2d`.
+    """
+    if x.is_contiguous() and x.shape[1] > 1 and x.numel() > 0:  # the common case without the 4 µs of the full rule
+        return torch.contiguous_format
+    return suggest_memory_format(x)
+
+
+def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`tensor` `[B, C, H, W]` with exactly the strides of `torch.empty(shape, memory_format=…)`, copied where they differ.
+
+    `Tensor.contiguous` would keep other strides where a size is 0 or 1.
+    """
+    channels_last = memory_format == torch.channels_last
+    strides = make_channels_last_strides_for(tensor.shape) if channels_last else make_contiguous_strides_for(tensor.shape)
+    return tensor if tensor.stride() == tuple(strides) else tensor.clone(memory_format=memory_format)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[B, H·W, C]` from `[B, C, H, W]`; a view of a channels-last tensor."""
+    return tensor.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def from_rows(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """`[B, C, H, W]` with channels-last strides from `[B, H·W, C]` and (H, W)."""
+    return rows.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+
+
+def normalise_conv(
+    tensors: tuple[Tensor | None, ...], options: tuple[object, object, object, str | None]
+) -> tuple[tuple[Tensor | None, ...], tuple[Pair, Pair, Pair, str | None]]:
+    """Batched tensors and pairs: x and the residual get a batch of one where x `[C, Hi, Wi]` has none.
+
+    Raises:
+        TypeError, ValueError: stride, padding or dilation is not an int or pair, or too small.
+    """
+    stride, padding, dilation, activation = options
+    pairs = as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1)
+    x, *weights, residual = tensors
+    if isinstance(x, Tensor) and x.dim() == 3:
+        if isinstance(residual, Tensor):
+            if residual.dim() != 3:
+                raise ValueError(f"residual: expected 3 dimensions as x has, got {residual.dim()}")
+            residual = residual.unsqueeze(0)
+        tensors = (x.unsqueeze(0), *weights, residual)
+    return tensors, (*pairs, activation)
+
+
+def conv_sizes(
+    x: Tensor, down: Tensor, outputs: int, stride: Pair, padding: Pair, dilation: Pair
+) -> dict[str, int]:
+    """B images, C channels in, T taps, P output positions, N channels out, R rank."""
+    height, width = output_size(x.shape[2:], down.shape[2:], stride, padding, dilation)
+    return {
+        "B": x.shape[0],
+        "C": x.shape[1],
+        "T": down.shape[2] * down.shape[3],
+        "P": height * width,
+        "N": outputs,
+        "R": down.shape[0],
+    }
+
+
+def conv_fake(
+    x: Tensor, down: Tensor, outputs: int, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[Tensor, Tensor]:
+    """Empty y `[B, N, Ho, Wo]` and t `[B, R, Ho, Wo]` in the memory format of x."""
+    size = output_size(x.shape[2:], down.shape[2:], stride, padding, dilation)
+    layout = {"dtype": x.dtype, "device": x.device, "memory_format": memory_format_of(x)}
+    y, t = (torch.empty((x.shape[0], channels, *size), **layout) for channels in (outputs, down.shape[0]))
+    return y, t
+
+
+def first_stage(x: Tensor, down: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """t = conv2d(x, down) in the memory format of x."""
+    return in_format(F.conv2d(x, down, None, stride, padding, dilation), memory_format_of(x))
+
+
+def first_stage_backward(
+    dt: Tensor, x: Tensor, down: Tensor, options: Sequence[Pair], need_x: bool, need_down: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and d_down from dt."""
+    if not (need_x or need_down):
+        return None, None
+    stride, padding, dilation = options
+    dx, d_down, _ = torch.ops.aten.convolution_backward(
+        dt, x, down, None, stride, padding, dilation, False, (0, 0), 1, (need_x, need_down, False)
+    )
+    return dx, d_down

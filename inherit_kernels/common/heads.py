@@ -1,0 +1,37 @@
+"""Heads merged by algebra: exact identities that keep everything of size H × output out of memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gate_of(features: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> Tensor:
+    """g = softmax(features·gate_weightᵀ + gate_bias) over the heads.
+
+    Args:
+        features: `[..., R]`.
+        gate_weight: `[H, R]`.
+        gate_bias: `[H]`.
+
+    Returns:
+        `[..., H]`; the softmax is computed in float32 at least, the result has the dtype of `features`.
+    """
+    logits = torch.nn.functional.linear(features, gate_weight, gate_bias)
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.softmax(logits, -1, dtype=exact).to(features.dtype)
+
+
+def softmax_backward(g: Tensor, dg: Tensor) -> Tensor:
+    """Gradient at the logits: g ⊙ (dg − Σ_h g_h dg_h), both `[..., H]`."""
+    return g * (dg - (g * dg).sum(-1, keepdim=True))
+
+
+def scale_by_gate(t: Tensor, g: Tensor) -> Tensor:
+    """[g_1 t … g_H t] `[..., H·R]` from t `[..., R]` and g `[..., H]`."""
+    return (g.unsqueeze(-1) * t.unsqueeze(-2)).flatten(-2)
+
+
+def side_by_side(up: Tensor) -> Tensor:
+    """[up_1 … up_H] `[N, H·R]` from up `[H, N, R]`."""
+    return up.permute(1, 0, 2).flatten(1)

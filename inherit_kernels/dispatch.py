@@ -1,0 +1,218 @@
+"""Choosing an implementation: by force, or by measured tables; and saying why."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inherit_kernels import _native
+from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
+
+TABLE_VERSION = 1
+CHOICES_KEPT = 4096  # per op; a server that sees every length once must not grow without end
+
+_forced: ContextVar[str | None] = ContextVar(
+    "inherit_kernels_backend", default=os.environ.get("INHERIT_KERNELS_BACKEND") or None
+)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force the named backend for every op inside the block; None chooses automatically again.
+
+    A backward uses the backend of its forward. A compiled function keeps the backend in force while it was compiled.
+
+    Args:
+        name: "reference", "unfused", "native", "triton" or None.
+
+    Raises:
+        ValueError: no op has a backend of that name. An op call inside the block raises the declining sentence when the
+            backend cannot serve it.
+
+    Example:
+        >>> import torch, inherit_kernels as ik
+        >>> with ik.use_backend("reference"):
+        ...     y = ik.lowrank_linear(torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3))
+    """
+    known = sorted({backend for spec in OPS.values() for backend in spec.backends})
+    if name is not None and name not in known:
+        raise ValueError(f"name: expected one of {', '.join(known)} or None, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or INHERIT_KERNELS_BACKEND, or None."""
+    return _forced.get()
+
+
+# Dynamo cannot trace ContextVar.get; this is what torch.compiler.assume_constant_result sets, without importing dynamo
+# (1.1 s) at import time. The backend in force while compiling is compiled in.
+forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def select(
+    spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool, forced: str | None
+) -> Backend:
+    """The implementation for a call: one dictionary look-up in the steady state.
+
+    Raises:
+        ValueError: the forced backend does not exist for this op or declines; the message is its sentence.
+    """
+    x = tensors[0]
+    key = (x.dtype, x.device, x.shape, tensors[2].shape, options, training, forced)
+    choice = spec.choices.get(key)
+    if choice is None:
+        if len(spec.choices) >= CHOICES_KEPT:
+            spec.choices.clear()
+        name = _decide(spec, problem_of(spec, tensors, options, training), forced)
+        choice = spec.choices[key] = spec.backends[name]
+    return choice
+
+
+def problem_of(spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool) -> Problem:
+    """The description of a call that backends and tables decide from."""
+    x = tensors[0]
+    return Problem(spec.name, x.dtype, x.device, spec.sizes(*tensors, *options), options, training)
+
+
+def _decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
+    if forced is not None:
+        backend = spec.backends.get(forced)
+        sentence = backend.supports(problem) if backend else f"it has {', '.join(spec.backends)}"
+        if backend is None or sentence is not None:
+            raise ValueError(f"backend {forced!r} cannot serve {problem}: {sentence}")
+        return forced
+    candidates = [name for name, backend in spec.backends.items() if backend.supports(problem) is None]
+    return measured_choice(problem, candidates)[0] or candidates[0]
+
+
+# --- measured tables ---------------------------------------------------------------------------------------------------
+
+
+def device_slug(device: torch.device) -> str:
+    """The name of a kind of device in `configs/` and `benchmarks/results/`, such as `cpu-avx512_bf16`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    isa = _native.isa() if device.type == "cpu" and _native.load() else None
+    return f"{device.type}-{isa}" if isa else device.type
+
+
+def table_path(op: str, slug: str) -> Path:
+    """Where the measured table of an op on a device lies."""
+    return Path(__file__).parent / "configs" / op / f"{slug}.json"
+
+
+@cache
+def _table(op: str, slug: str) -> list[dict[str, Any]]:
+    path = table_path(op, slug)
+    if not path.exists():
+        return []
+    table = json.loads(path.read_text())
+    if table.get("version") != TABLE_VERSION:
+        raise ValueError(f"{path}: version {table.get('version')!r}, expected {TABLE_VERSION}; measure it again")
+    return table["entries"]
+
+
+def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | None, dict[str, Any] | None]:
+    """The fastest candidate in the nearest measured bucket, and that bucket; (None, None) where nothing was measured.
+
+    Buckets are powers of two; the nearest has the least sum of |log2| ratios over the sizes.
+    """
+    dtype = str(problem.dtype).removeprefix("torch.")
+    entries = [
+        entry
+        for entry in _table(problem.op, device_slug(problem.device))
+        if entry["dtype"] == dtype and entry["training"] == problem.training
+        if any(name in entry["microseconds"] for name in candidates)
+    ]
+    if not entries:
+        return None, None
+
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(
+            abs(math.log2(max(problem.sizes[letter], 1) / max(size, 1))) for letter, size in entry["sizes"].items()
+        )
+
+    entry = min(entries, key=distance)
+    times = {name: entry["microseconds"][name] for name in candidates if name in entry["microseconds"]}
+    return min(times, key=times.__getitem__), entry
+
+
+# --- explaining --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a short text."""
+
+    problem: Problem
+    declined: dict[str, str | None]  # backend -> sentence, None where it can serve
+    choice: str
+    reason: str
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for name, sentence in self.declined.items():
+            mark = "->" if name == self.choice else "  "
+            lines.append(f"{mark} {name:<10}{'can serve' if sentence is None else 'declines: ' + sentence}")
+        return "\n".join([*lines, f"choice: {self.choice} ({self.reason})"])
+
+    __repr__ = __str__
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backends could serve this call, which one does, and why. Computes nothing.
+
+    Args:
+        op: the op's name, such as "lowrank_linear".
+        args, kwargs: the arguments that the public function would get.
+
+    Raises:
+        ValueError: no such op, or arguments that the op would refuse.
+
+    Example:
+        >>> import torch, inherit_kernels as ik
+        >>> print(ik.explain("lowrank_linear", torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3)))
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    import inherit_kernels
+    from inherit_kernels import autograd
+
+    spec = OPS[op]
+    bound = inspect.signature(getattr(inherit_kernels, op)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    tensors, options = spec.normalise(*spec.split(tuple(bound.arguments.values())))
+    spec.check(*tensors, *options)
+    training = torch.is_grad_enabled() and autograd.needs_gradient(tensors)
+    problem = problem_of(spec, tensors, options, training)
+    declined = {name: backend.supports(problem) for name, backend in spec.backends.items()}
+    forced = forced_backend()
+    choice = _decide(spec, problem, forced)
+    if forced is not None:
+        reason = "forced by use_backend or INHERIT_KERNELS_BACKEND"
+    else:
+        candidates = [name for name, sentence in declined.items() if sentence is None]
+        name, entry = measured_choice(problem, candidates)
+        slug = device_slug(problem.device)
+        reason = (
+            f"nothing was measured for {problem.dtype} on {slug}; measure with `python -m inherit_kernels.tune {op}`"
+            if entry is None
+            else f"fastest of the nearest measured bucket {entry['sizes']} on {slug}: {entry['microseconds']} µs"
+        )
+    return Explanation(problem, declined, choice, reason)

@@ -1,0 +1,1 @@
+from inherit_kernels.ops.gated_lowrank_conv2d.op import gated_lowrank_conv2d as gated_lowrank_conv2d

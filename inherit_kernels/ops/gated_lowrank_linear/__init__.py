@@ -1,0 +1,1 @@
+from inherit_kernels.ops.gated_lowrank_linear.op import gated_lowrank_linear as gated_lowrank_linear

@@ -1,0 +1,69 @@
+"""Cases of `gated_lowrank_linear` for the contract tests and the fuzz."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inherit_kernels.common.checks import ACTIVATIONS
+from inherit_kernels.testing.cases import Case, Pick
+
+
+def case(
+    name: str,
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    r: int,
+    h: int,
+    *,
+    gate_bias=True,
+    bias=True,
+    residual=False,
+    activation=None,
+) -> Case:
+    """A case from its letters."""
+    shapes: dict[str, Any] = {"x": (*rows, k), "down": (r, k), "up": (h, n, r), "gate_weight": (h, r)}
+    if gate_bias:
+        shapes["gate_bias"] = (h,)
+    if bias:
+        shapes["bias"] = (h, n)
+    if residual:
+        shapes["residual"] = (*rows, n)
+    return Case(name, shapes, {"activation": activation} if activation else {})
+
+
+CASES = [
+    case("vector", (), 17, 9, 3, 2),
+    case("one_row", (1,), 65, 33, 7, 3, residual=True),
+    case("few_rows", (5,), 63, 65, 16, 3, activation="gelu"),
+    case("ragged", (63,), 65, 33, 7, 3, residual=True, activation="relu"),
+    case("three_dims", (2, 9), 31, 20, 5, 4, bias=False, activation="silu"),
+    case("four_dims", (2, 1, 3), 8, 16, 4, 2, residual=True, activation="gelu_tanh"),
+    case("one_head", (10,), 12, 14, 3, 1),
+    case("rank_one", (10,), 12, 14, 1, 3),
+    case("one_output", (10,), 12, 1, 3, 3, residual=True),
+    case("five_heads", (37,), 24, 40, 6, 5, gate_bias=False),
+    case("larger_than_blocks", (131,), 300, 270, 72, 3, residual=True, activation="relu"),
+    case("deep", (40,), 1100, 40, 24, 3),
+    case("no_bias", (33,), 16, 16, 16, 2, gate_bias=False, bias=False),
+    case("empty", (0,), 12, 14, 3, 3, residual=True, activation="relu"),
+    case("empty_inside", (3, 0), 12, 14, 3, 2),
+]
+
+
+def random_case(pick: Pick) -> Case:
+    """Any shapes up to a few blocks, any subset of the options."""
+    sizes = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100)
+    rows = pick([(), (0,), (1,), (2,), (4,), (7,), (8,), (9,), (33,), (65,), (2, 5), (3, 1, 4), (1, 0)])
+    return case(
+        "random",
+        rows,
+        pick(sizes),
+        pick(sizes),
+        pick(sizes),
+        pick((1, 2, 3, 4, 5)),
+        gate_bias=pick((False, True)),
+        bias=pick((False, True)),
+        residual=pick((False, True)),
+        activation=pick(ACTIVATIONS),
+    )

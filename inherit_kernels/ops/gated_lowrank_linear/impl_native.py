@@ -1,0 +1,83 @@
+"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_linear.cpp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common.heads import side_by_side
+from inherit_kernels.common.native import declines, kernels, only_needed
+from inherit_kernels.registry import Problem
+
+checks_arguments = True
+
+
+def supports(problem: Problem) -> str | None:
+    return declines(problem)
+
+
+def forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    code = ACTIVATION_CODES[activation]
+    return kernels.gated_lowrank_linear(x, down, up, gate_weight, gate_bias, bias, residual, code)
+
+
+def forward_saving(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    code = ACTIVATION_CODES[activation]
+    return kernels.gated_lowrank_linear_saving(x, down, up, gate_weight, gate_bias, bias, residual, code)
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    gradients = kernels.gated_lowrank_linear_backward(dz, x, t, down, up, gate_weight, gate_bias, bias, *needs)
+    return only_needed(gradients, needs)
+
+
+def pack(
+    down: Tensor, up: Tensor, gate_weight: Tensor, gate_bias: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The panels of `down` and of [up_1 … up_H]."""
+    return kernels.pack_panels(down), kernels.pack_panels(side_by_side(up))
+
+
+def forward_packed(
+    x: Tensor,
+    panels: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    down, up, gate_weight, gate_bias, bias = weights
+    code = ACTIVATION_CODES[activation]
+    return kernels.gated_lowrank_linear_packed(
+        x, *panels, down.shape[0], up.shape[1], gate_weight, gate_bias, bias, residual, code
+    )

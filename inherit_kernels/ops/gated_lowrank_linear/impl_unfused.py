@@ -1,0 +1,91 @@
+"""Torch products with the heads merged; the backward likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inherit_kernels.common.activation import activate
+from inherit_kernels.common.heads import gate_of, scale_by_gate, side_by_side, softmax_backward
+from inherit_kernels.registry import Problem
+
+checks_arguments = False
+
+
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    return forward_saving(x, down, up, gate_weight, gate_bias, bias, residual, activation)[0]
+
+
+def forward_saving(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    t = F.linear(x, down)
+    g = gate_of(t, gate_weight, gate_bias)
+    scaled, weight = scale_by_gate(t, g), side_by_side(up)
+    if bias is None:
+        z = F.linear(scaled, weight)
+    else:  # the bias mix as H more columns of the same product
+        z = F.linear(torch.cat([scaled, g], -1), torch.cat([weight, bias.t()], -1))
+    return activate(z if residual is None else z + residual, activation), t
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    need_x, need_down, need_up, need_gate_weight, need_gate_bias, need_bias = needs
+    heads, _, rank = up.shape
+    dz, t, rows = dz.reshape(-1, dz.shape[-1]), t.reshape(-1, rank), x.reshape(-1, x.shape[-1])
+    g = gate_of(t, gate_weight, gate_bias)
+    d_up = d_bias = None
+    if need_up:
+        d_up = (dz.t() @ scale_by_gate(t, g)).view(-1, heads, rank).permute(1, 0, 2)
+    if need_bias:
+        d_bias = g.t() @ dz
+    if not (need_x or need_down or need_gate_weight or need_gate_bias):
+        return None, None, d_up, None, None, d_bias
+    by_head = (dz @ side_by_side(up)).view(-1, heads, rank)
+    dg = torch.einsum("mhr,mr->mh", by_head, t)
+    if bias is not None:
+        dg = dg + dz @ bias.t()
+    d_logits = softmax_backward(g, dg)
+    dt = torch.einsum("mhr,mh->mr", by_head, g) + d_logits @ gate_weight if need_x or need_down else None
+    return (
+        (dt @ down).view(x.shape) if need_x else None,
+        dt.t() @ rows if need_down else None,
+        d_up,
+        d_logits.t() @ t if need_gate_weight else None,
+        d_logits.sum(0) if need_gate_bias else None,
+        d_bias,
+    )

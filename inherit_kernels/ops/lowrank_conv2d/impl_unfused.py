@@ -1,0 +1,77 @@
+"""Two torch convolutions; the backward through torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from inherit_kernels.common.activation import activate
+from inherit_kernels.common.conv import (
+    Pair,
+    as_rows,
+    first_stage,
+    first_stage_backward,
+    in_format,
+    memory_format_of,
+)
+from inherit_kernels.registry import Problem
+
+checks_arguments = False
+
+
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> Tensor:
+    return forward_saving(x, down, up, bias, residual, stride, padding, dilation, activation)[0]
+
+
+def forward_saving(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    t = first_stage(x, down, stride, padding, dilation)
+    z = F.conv2d(t, up[:, :, None, None], bias)
+    return in_format(activate(z if residual is None else z + residual, activation), memory_format_of(x)), t
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    need_x, need_down, need_up, need_bias = needs
+    dx = d_down = None
+    if need_x or need_down:
+        dt = F.conv2d(dz, up.t()[:, :, None, None])
+        dx, d_down = first_stage_backward(dt, x, down, (stride, padding, dilation), need_x, need_down)
+    d_up = as_rows(dz).flatten(0, 1).t() @ as_rows(t).flatten(0, 1) if need_up else None
+    return dx, d_down, d_up, dz.sum((0, 2, 3)) if need_bias else None

@@ -1,0 +1,59 @@
+"""The C++ kernel for CPUs: `csrc/cpu/lowrank_linear.cpp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common.native import declines, kernels, only_needed
+from inherit_kernels.registry import Problem
+
+checks_arguments = True
+
+
+def supports(problem: Problem) -> str | None:
+    return declines(problem)
+
+
+def forward(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    return kernels.lowrank_linear(x, down, up, bias, residual, ACTIVATION_CODES[activation])
+
+
+def forward_saving(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    return kernels.lowrank_linear_saving(x, down, up, bias, residual, ACTIVATION_CODES[activation])
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    return only_needed(kernels.lowrank_linear_backward(dz, x, t, down, up, *needs), needs)
+
+
+def pack(down: Tensor, up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The panels of `down` and `up`."""
+    return kernels.pack_panels(down), kernels.pack_panels(up)
+
+
+def forward_packed(
+    x: Tensor,
+    panels: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    down, up, bias = weights
+    code = ACTIVATION_CODES[activation]
+    return kernels.lowrank_linear_packed(x, *panels, down.shape[0], up.shape[0], bias, residual, code)

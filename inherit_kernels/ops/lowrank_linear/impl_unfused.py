@@ -1,0 +1,50 @@
+"""Two torch products; the backward as four."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from inherit_kernels.common.activation import activate
+from inherit_kernels.registry import Problem
+
+checks_arguments = False
+
+
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def forward(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
+    return forward_saving(x, down, up, bias, residual, activation)[0]
+
+
+def forward_saving(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    t = F.linear(x, down)
+    z = F.linear(t, up, bias)
+    return activate(z if residual is None else z + residual, activation), t
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    need_x, need_down, need_up, need_bias = needs
+    dz_rows, t_rows, x_rows = dz.reshape(-1, dz.shape[-1]), t.reshape(-1, t.shape[-1]), x.reshape(-1, x.shape[-1])
+    dt = dz_rows @ up if need_x or need_down else None
+    return (
+        (dt @ down).view(x.shape) if need_x else None,
+        dt.t() @ x_rows if need_down else None,
+        dz_rows.t() @ t_rows if need_up else None,
+        dz_rows.sum(0) if need_bias else None,
+    )

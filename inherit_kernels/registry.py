@@ -1,0 +1,147 @@
+"""What an op is: its arguments, its definition, its backends; and how it becomes a torch operator.
+
+An op lives in `ops/<op>/` and registers one `OpSpec`. Everything else (dispatch, autograd, contract tests, benchmarks,
+the support table) iterates `OPS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("inherit_kernels", "DEF")
+OPS: dict[str, OpSpec] = {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, as far as choosing an implementation needs to know it."""
+
+    op: str
+    dtype: torch.dtype
+    device: torch.device
+    sizes: dict[str, int]  # by the letters of the op's definition: M, K, N, R, H, or B, C, P, T, N, R, H
+    options: tuple[Any, ...]
+    training: bool
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
+        return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.device} {sizes}" + (
+            " training" if self.training else ""
+        )
+
+
+class Backend(Protocol):
+    """A module that computes an op; `ops/<op>/impl_<name>.py`.
+
+    `forward_saving` returns the output and the rank-sized `t`; it and `backward` only see the activations None and relu,
+    and `backward` gets `dz`, the gradient at the pre-activation. `backward` returns one gradient, or None where `needs`
+    is False, for each tensor argument but the residual (whose gradient is `dz` itself).
+    """
+
+    checks_arguments: bool  # bad input makes it fail, never read out of bounds or broadcast
+
+    def supports(self, problem: Problem) -> str | None: ...  # None, or one sentence why not
+    def forward(self, *args: Any) -> Tensor: ...
+    def forward_saving(self, *args: Any) -> tuple[Tensor, Tensor]: ...
+    def backward(self, dz: Tensor, t: Tensor, *args: Any) -> Sequence[Tensor | None]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class OpSpec:
+    """An op: arguments, definition, shapes, cost and backends.
+
+    A call is a tuple `tensors` in the order of `required + optional` (the last one is always the residual) and a tuple
+    `options` whose last entry is always the activation.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    options: str  # as in a torch schema
+    reference: Callable[..., Tensor]
+    check: Callable[..., None]  # raises ValueError or TypeError that names the argument
+    fake: Callable[..., tuple[Tensor, Tensor]]  # empty (y, t) of the right shape, dtype and strides
+    sizes: Callable[..., dict[str, int]]
+    flops: Callable[[dict[str, int]], int]  # multiply-adds count two
+    backends: dict[str, Backend]
+    default_options: tuple[Any, ...]
+    normalise: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] = lambda tensors, options: (tensors, options)
+    choices: dict[Any, Backend] = field(default_factory=dict)  # filled by dispatch.select
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+    def split(self, args: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The tensors and the options of a complete positional argument list."""
+        count = len(self.tensors)
+        return tuple(args[:count]), tuple(args[count:])
+
+
+class ReferenceBackend:
+    """The definition itself as a backend; its backward differentiates it."""
+
+    checks_arguments = False
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], fake: Callable[..., tuple[Tensor, Tensor]]):
+        self.name, self.forward, self.fake = name, reference, fake
+
+    def supports(self, problem: Problem) -> str | None:
+        return None
+
+    def forward_saving(self, *args: Any) -> tuple[Tensor, Tensor]:
+        t = self.fake(*args)[1]
+        return self.forward(*args), t.zero_()
+
+    def backward(self, dz: Tensor, t: Tensor, *args: Any) -> Sequence[Tensor | None]:
+        *args, needs = args
+        return differentiate(self.forward, dz, args[: len(needs)], args[len(needs) :], needs, create_graph=False)
+
+
+def differentiate(
+    reference: Callable[..., Tensor],
+    dz: Tensor,
+    tensors: Sequence[Tensor | None],
+    options: Sequence[Any],
+    needs: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The gradients of `reference(*tensors, residual=None, *options[:-1], activation=None)` at the tensors needed."""
+    with torch.enable_grad():
+        # Views keep the graph back to the caller's tensors, detached copies end it.
+        inputs = [
+            tensor if tensor is None else tensor.view_as(tensor) if create_graph else tensor.detach()
+            for tensor in tensors
+        ]
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        for tensor in wanted:
+            tensor.requires_grad_()
+        z = reference(*inputs, None, *options[:-1], None)
+        gradients = iter(torch.autograd.grad(z, wanted, dz, create_graph=create_graph, allow_unused=True))
+    found = [next(gradients) if need else None for need in needs]
+    return [
+        torch.zeros_like(tensor) if need and gradient is None else gradient
+        for tensor, need, gradient in zip(inputs, needs, found, strict=True)
+    ]
+
+
+def register_op(spec: OpSpec) -> OpSpec:
+    """Define `inherit_kernels::<op>`, `<op>_saving` and `<op>_backward`, and put the op into `OPS`."""
+    from inherit_kernels import autograd
+
+    arguments = ", ".join([f"Tensor {n}" for n in spec.required] + [f"Tensor? {n}" for n in spec.optional])
+    without_residual = arguments.rsplit(", ", 1)[0]
+    LIBRARY.define(f"{spec.name}({arguments}, {spec.options}, str? backend) -> Tensor")
+    LIBRARY.define(f"{spec.name}_saving({arguments}, {spec.options}, str? backend) -> (Tensor, Tensor)")
+    LIBRARY.define(
+        f"{spec.name}_backward(Tensor dz, Tensor t, {without_residual}, {spec.options}, bool[] needs, "
+        "str? backend) -> Tensor[]"
+    )
+    autograd.implement(LIBRARY, spec)
+    OPS[spec.name] = spec
+    return spec
