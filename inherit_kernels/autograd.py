@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from inherit_kernels.common.activation import activate
+from inherit_kernels.common.activation import activate_outside
 from inherit_kernels.dispatch import forced_backend, select
 from inherit_kernels.registry import Backend, OpSpec, differentiate
 
@@ -108,7 +108,7 @@ def _call_under_autocast(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[
         z = call(spec, (*operands, None), (*options[:-1], None))
         if residual.shape != z.shape:
             raise ValueError(f"residual: expected shape {list(z.shape)} (that of the output), got {list(residual.shape)}")
-        return activate(z + residual, options[-1])
+        return activate_outside(z + residual, options[-1])
 
 
 def _cast(operand: Any, dtype: torch.dtype) -> Any:
@@ -122,7 +122,7 @@ def _call_differentiably(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[
     backend = select(spec, tensors, inside, True, forced_backend())
     if not backend.checks_arguments:
         spec.check(*tensors, *options)
-    return activate(_Differentiable.apply(spec, backend, inside, *tensors), outside)
+    return activate_outside(_Differentiable.apply(spec, backend, inside, *tensors), outside)
 
 
 def _split_activation(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], str | None]:
@@ -181,7 +181,7 @@ def _call_as_operator(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any
     if _grad_enabled() and needs_gradient(tensors):
         inside, outside = _split_activation(options)
     operator = getattr(torch.ops.inherit_kernels, spec.name).default
-    return activate(operator(*tensors, *inside, forced_backend()), outside)
+    return activate_outside(operator(*tensors, *inside, forced_backend()), outside)
 
 
 def implement(library: torch.library.Library, spec: OpSpec) -> None:
@@ -225,7 +225,7 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
         if _grad_enabled() and needs_gradient(tensors):
             inside, outside = _split_activation(options)
             y = _Differentiable.apply(spec, _Operator(spec, forced), inside, *tensors)
-            return activate(y, outside)
+            return activate_outside(y, outside)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, forced)
 

@@ -22,3 +22,9 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
     if activation == "silu":
         return F.silu(z)
     raise ValueError(f"activation: expected one of {', '.join(map(str, ACTIVATION_CODES))}, got {activation!r}")
+
+
+def activate_outside(z: Tensor, activation: str | None) -> Tensor:
+    """act(z) with the strides of z: torch's pointwise ops renumber the strides of dimensions of size one."""
+    y = activate(z, activation)
+    return y if y.stride() == z.stride() else y.as_strided(z.shape, z.stride())
