@@ -13,6 +13,11 @@ from inherit_kernels.ops.lowrank_conv2d import lowrank_conv2d as lowrank_conv2d
 from inherit_kernels.ops.lowrank_linear import lowrank_linear as lowrank_linear
 from inherit_kernels.packing import Packed as Packed
 from inherit_kernels.packing import pack as pack
+from inherit_kernels.registry import OPS, flop_formulas_of
 from inherit_kernels.status import status as status
 
 __version__ = "0.1.0"
+
+# For torch.utils.flop_counter.FlopCounterMode(custom_mapping=inherit_kernels.flop_formulas); importing torch's counter here
+# would import triton.
+flop_formulas = {packet: formula for spec in OPS.values() for packet, formula in flop_formulas_of(spec).items()}

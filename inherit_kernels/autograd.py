@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from inherit_kernels.common.activation import activate_outside
+from inherit_kernels.common.conv import in_format, memory_format_of
 from inherit_kernels.dispatch import forced_backend, select
 from inherit_kernels.registry import Backend, OpSpec, differentiate
 
@@ -184,6 +185,11 @@ def _call_as_operator(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any
     return activate_outside(operator(*tensors, *inside, forced_backend()), outside)
 
 
+def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """Inductor asserts the strides that a fake promised: an image's memory format, else contiguous."""
+    return in_format(gradient, memory_format_of(tensor)) if tensor.dim() == 4 else gradient.contiguous()
+
+
 def implement(library: torch.library.Library, spec: OpSpec) -> None:
     """Kernels, fakes and the gradient of the three operators of an op."""
     operator = getattr(torch.ops.inherit_kernels, spec.name).default
@@ -205,7 +211,8 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
         *args, needs, forced = args
         count = len(needs)
         backend = chosen((*args[:count], None, *args[count:]), True, forced)
-        return [gradient for gradient in backend.backward(dz, t, *args, needs) if gradient is not None]
+        gradients = zip(args, backend.backward(dz, t, *args, needs), strict=False)
+        return [_laid_out_like(tensor, gradient) for tensor, gradient in gradients if gradient is not None]
 
     def fake_forward(*args: Any) -> Tensor:
         spec.check(*args[:-1])
@@ -217,7 +224,7 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
 
     def fake_backward(dz: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
         *args, needs, _ = args
-        return [torch.empty_like(tensor) for tensor, need in zip(args, needs, strict=False) if need]
+        return [_laid_out_like(tensor, torch.empty_like(tensor)) for tensor, need in zip(args, needs, strict=False) if need]
 
     def differentiable(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         *args, forced = args

@@ -80,7 +80,8 @@ class OpSpec:
     def split(self, args: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         """The tensors and the options of a complete positional argument list."""
         count = len(self.tensors)
-        return tuple(args[:count]), tuple(args[count:])
+        options = (tuple(option) if isinstance(option, list) else option for option in args[count:])
+        return tuple(args[:count]), tuple(options)  # hashable: torch operators receive lists
 
 
 class ReferenceBackend:
@@ -145,3 +146,34 @@ def register_op(spec: OpSpec) -> OpSpec:
     autograd.implement(LIBRARY, spec)
     OPS[spec.name] = spec
     return spec
+
+
+def flop_formulas_of(spec: OpSpec) -> dict[Any, Callable[..., int]]:
+    """Formulas for `FlopCounterMode(custom_mapping=…)`: the backward costs twice the forward, heads merged in both."""
+
+    class Shape:
+        """A shape where `sizes` and `fake` expect a tensor."""
+
+        def __init__(self, shape: Sequence[int]):
+            self.shape = torch.Size(shape)
+
+    def count(args: Sequence[Any]) -> int:
+        count = len(spec.required)
+        shapes = [Shape(shape) for shape in args[:count]]
+        tensors = (*shapes, *[None] * len(spec.optional))
+        return spec.flops(spec.sizes(*tensors, *args[len(spec.tensors) :]))
+
+    def forward(*args: Any, out_shape: Any = None, **_: Any) -> int:
+        return count(args[:-1])
+
+    def backward(dz: Any, t: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+        *args, _needs, _backend = args
+        position = len(spec.tensors) - 1
+        return 2 * count((*args[:position], None, *args[position:]))
+
+    packets = torch.ops.inherit_kernels
+    return {
+        getattr(packets, spec.name): forward,
+        getattr(packets, f"{spec.name}_saving"): forward,
+        getattr(packets, f"{spec.name}_backward"): backward,
+    }

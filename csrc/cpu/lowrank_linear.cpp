@@ -1,0 +1,118 @@
+#include "inherit_kernels/linear_backward.h"
+#include "tensors.h"
+
+namespace inherit_kernels {
+namespace {
+
+struct Result {
+  Tensor y;
+  OptionalTensor t;
+};
+
+// Plain weights: down [R, K], up [N, R]. Packed: their panels, with the rank and N given.
+Result forward(Tensor x, const Tensor& down, const Tensor& up, const OptionalTensor& bias, OptionalTensor residual,
+               int64_t activation, bool packed, int64_t rank, int64_t out, bool keep_t) {
+  Runtime runtime = cpu_runtime();
+  Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
+  STD_TORCH_CHECK(rank >= 1, "rank: must be at least 1");
+  Sizes y_sizes = sizes_of(x), t_sizes = y_sizes;
+  int64_t in = y_sizes.back();
+  y_sizes.back() = out;
+  t_sizes.back() = rank;
+  if (packed) {
+    check(down, "panels_down", {panels_size(*runtime.kernels, rank, in)}, Dtype::kFloat32);
+    check(up, "panels_up", {panels_size(*runtime.kernels, out, rank)}, Dtype::kFloat32);
+  } else {
+    check(down, "down", {rank, in}, dtype);
+    check(up, "up", {out, rank}, dtype);
+  }
+  check(bias, "bias", {out}, dtype);
+  check(residual, "residual", y_sizes, dtype);
+
+  Result result{empty_cpu(y_sizes, dtype), std::nullopt};
+  if (keep_t) result.t = empty_cpu(t_sizes, dtype);
+  LinearForward f{};
+  f.shape = {row_count(y_sizes), in, rank, out, 1};
+  f.x = rows_view(x, dtype);
+  if (packed) {
+    f.down_panels = static_cast<const float*>(down.data_ptr());
+    f.up_panels = static_cast<const float*>(up.data_ptr());
+  } else {
+    f.down = matrix_view(down, dtype);
+    f.up = {matrix_view(up, dtype), 0};
+  }
+  f.bias = vector_view(bias, dtype);
+  f.residual = rows_view(residual, dtype);
+  f.activation = activation_of(activation);
+  f.dtype = dtype;
+  f.y = result.y.data_ptr();
+  f.t = keep_t ? result.t->data_ptr() : nullptr;
+  linear_forward(runtime, f);
+  return result;
+}
+
+Tensor lowrank_linear(Tensor x, Tensor down, Tensor up, OptionalTensor bias, OptionalTensor residual,
+                      int64_t activation) {
+  check_dims(down, "down", 2);
+  check_dims(up, "up", 2);
+  return forward(x, down, up, bias, residual, activation, false, down.size(0), up.size(0), false).y;
+}
+
+std::tuple<Tensor, Tensor> lowrank_linear_saving(Tensor x, Tensor down, Tensor up, OptionalTensor bias,
+                                                 OptionalTensor residual, int64_t activation) {
+  check_dims(down, "down", 2);
+  check_dims(up, "up", 2);
+  Result r = forward(x, down, up, bias, residual, activation, false, down.size(0), up.size(0), true);
+  return {r.y, *r.t};
+}
+
+Tensor lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int64_t rank, int64_t out_features,
+                             OptionalTensor bias, OptionalTensor residual, int64_t activation) {
+  return forward(x, panels_down, panels_up, bias, residual, activation, true, rank, out_features, false).y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down,
+                                                                   Tensor up, bool need_dx, bool need_down,
+                                                                   bool need_up, bool need_bias) {
+  Runtime runtime = cpu_runtime();
+  Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
+  check_dims(down, "down", 2);
+  check_dims(up, "up", 2);
+  Sizes x_sizes = sizes_of(x), z_sizes = x_sizes, t_sizes = x_sizes;
+  int64_t in = x_sizes.back(), rank = down.size(0), out = up.size(0);
+  z_sizes.back() = out;
+  t_sizes.back() = rank;
+  check(down, "down", {rank, in}, dtype);
+  check(up, "up", {out, rank}, dtype);
+  check(dz, "dz", z_sizes, dtype);
+  check(t, "t", t_sizes, dtype);
+
+  Tensor dx = empty_if(need_dx, x_sizes, dtype), d_down = empty_if(need_down, {rank, in}, dtype);
+  Tensor d_up = empty_if(need_up, {out, rank}, dtype), d_bias = empty_if(need_bias, {out}, dtype);
+  LinearBackward b{};
+  b.shape = {row_count(x_sizes), in, rank, out, 1};
+  b.dz = rows_view(dz, dtype);
+  b.x = rows_view(x, dtype);
+  b.t = rows_view(t, dtype);
+  b.down = matrix_view(down, dtype);
+  b.up = {matrix_view(up, dtype), 0};
+  b.dtype = dtype;
+  b.dx = need_dx ? dx.data_ptr() : nullptr;
+  b.d_down = need_down ? d_down.data_ptr() : nullptr;
+  b.d_up = need_up ? d_up.data_ptr() : nullptr;
+  b.d_bias = need_bias ? d_bias.data_ptr() : nullptr;
+  LinearBackwardPass(runtime, b).run();
+  return {dx, d_down, d_up, d_bias};
+}
+
+}  // namespace
+}  // namespace inherit_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(inherit_kernels_C, CPU, m) {
+  m.impl("lowrank_linear", TORCH_BOX(&inherit_kernels::lowrank_linear));
+  m.impl("lowrank_linear_saving", TORCH_BOX(&inherit_kernels::lowrank_linear_saving));
+  m.impl("lowrank_linear_packed", TORCH_BOX(&inherit_kernels::lowrank_linear_packed));
+  m.impl("lowrank_linear_backward", TORCH_BOX(&inherit_kernels::lowrank_linear_backward));
+}

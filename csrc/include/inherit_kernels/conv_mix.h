@@ -1,0 +1,192 @@
+// The second half of gated_lowrank_conv2d: per image, s = mean of t over its positions, g = softmax(s gate^T +
+// gate_bias), y = act(up_eff t + bias_eff + residual) with up_eff = sum_h g_h up_h, bias_eff = sum_h g_h bias_h. The
+// heads are mixed in the weights, so that an image costs one product whatever their number.
+#pragma once
+
+#include <vector>
+
+#include "inherit_kernels/linear.h"
+
+namespace inherit_kernels {
+
+// [batch, channels, positions]; `matrix` is image 0 as [positions, channels].
+struct ImagesView {
+  MatrixView matrix;
+  int64_t image_stride;
+};
+
+inline MatrixView image(const ImagesView& images, int64_t b) {
+  MatrixView view = images.matrix;
+  if (view.data) view.data = element(view.data, view.dtype, b * images.image_stride);
+  return view;
+}
+
+struct MixShape {
+  int64_t batch, rank, out, positions, heads;
+};
+
+struct MixForward {
+  MixShape shape;
+  ImagesView t;
+  HeadsView up;
+  MatrixView gate_weight, gate_bias, bias;  // as in LinearForward
+  ImagesView residual;                      // may be absent
+  Activation activation;
+  Dtype dtype;
+  void* y;  // dense, [batch, out, positions] or, channels last, [batch, positions, out]
+  bool channels_last;
+};
+
+constexpr int64_t kImageRows = 48;
+
+// Gates of every image: means [batch, rank], g [batch, panels * nr].
+inline void image_gates(const Runtime& runtime, const MixShape& s, const ImagesView& t, const GateOperands& gate,
+                        float* means, float* g) {
+  const Kernels& k = *runtime.kernels;
+  parallel(runtime, s.batch, 4.0 * s.batch * s.rank * s.positions, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(s.rank);
+    for (int64_t b = begin; b < end; ++b) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      k.column_sums(image(t, b), s.positions, s.rank, sums.data());
+      for (int64_t r = 0; r < s.rank; ++r) means[b * s.rank + r] = static_cast<float>(sums[r] / s.positions);
+    }
+  });
+  compute_gates(k, {s.batch, 0, s.rank, s.out, s.heads}, gate, means, s.rank, s.batch, g);
+}
+
+// One image's mixed weights; kept while a thread stays with the image.
+class MixedWeights {
+ public:
+  // `weights` [heads, outputs, depth] float32, `bias` [heads, ld_bias] or null.
+  MixedWeights(const Kernels& k, const float* weights, const float* bias, int64_t ld_bias, int64_t heads,
+               int64_t outputs, int64_t depth, bool as_panels)
+      : k_(k),
+        weights_(weights),
+        bias_(bias),
+        ld_bias_(ld_bias),
+        heads_(heads),
+        outputs_(outputs),
+        depth_(depth),
+        as_panels_(as_panels),
+        mixed_(outputs * depth),
+        panels_(as_panels ? round_up(outputs, k.nr) * depth : 0),
+        mixed_bias_(bias ? ld_bias : 0) {}
+
+  void select(int64_t b, const float* g) {
+    if (b == current_) return;
+    current_ = b;
+    k_.mix(weights_, outputs_ * depth_, g, heads_, outputs_ * depth_, mixed_.get());
+    if (bias_) k_.mix(bias_, ld_bias_, g, heads_, ld_bias_, mixed_bias_.get());
+    if (!as_panels_) return;
+    MatrixView view{mixed_.get(), Dtype::kFloat32, depth_, 1};
+    for (int64_t j = 0; j < outputs_; j += k_.nr) {
+      k_.pack(view, j, std::min(k_.nr, outputs_ - j), 0, depth_, panels_.get() + j * depth_);
+    }
+  }
+
+  const float* rows() const { return mixed_.get(); }
+  const float* panels() const { return panels_.get(); }
+  const float* bias() const { return bias_ ? mixed_bias_.get() : nullptr; }
+
+ private:
+  const Kernels& k_;
+  const float *weights_, *bias_;
+  int64_t ld_bias_, heads_, outputs_, depth_;
+  bool as_panels_;
+  Scratch mixed_, panels_, mixed_bias_;
+  int64_t current_ = -1;
+};
+
+// c [outputs, nr] = weights [outputs, depth] x [positions p0 ... p0 + count, depth]^T + bias per row: positions side
+// by side, for outputs with channels first. `panel` is [kDepthBlock, nr].
+inline void multiply_positions(const Kernels& k, const float* weights, int64_t outputs, int64_t depth, MatrixView x,
+                               int64_t p0, int64_t count, const float* bias, float* panel, float* c) {
+  int64_t d0 = 0;
+  do {
+    int64_t block = std::min(kDepthBlock, depth - d0);
+    k.pack(x, p0, count, d0, block, panel);
+    k.product(weights + d0, depth, false, outputs, block, panel, k.nr, 0, 1, c, k.nr, d0 > 0);
+    d0 += block;
+  } while (d0 < depth);
+  if (!bias) return;
+  std::fill(panel, panel + k.nr, 1.0f);
+  k.product(bias, 1, false, outputs, 1, panel, 0, 0, 1, c, k.nr, true);
+}
+
+// Calls body(worker state, image, first position, count) over all images and blocks of positions, in parallel.
+template <class MakeState, class Body>
+void over_positions(const Runtime& runtime, const MixShape& s, int64_t block, double work, const MakeState& make_state,
+                    const Body& body) {
+  int64_t blocks = ceil_div(s.positions, block);
+  parallel(runtime, s.batch * blocks, work, [&](int64_t begin, int64_t end) {
+    auto state = make_state();
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t p0 = task % blocks * block;
+      body(state, task / blocks, p0, std::min(block, s.positions - p0));
+    }
+  });
+}
+
+struct MixState {
+  MixState(const Kernels& k, const float* weights, const float* bias, int64_t ld_bias, int64_t heads, int64_t outputs,
+           int64_t depth, bool channels_last)
+      : weights(k, weights, bias, ld_bias, heads, outputs, depth, channels_last),
+        scratch(kImageRows * kDepthBlock),
+        c(std::max(kImageRows * round_up(outputs, k.nr), outputs * k.nr)) {}
+
+  MixedWeights weights;
+  Scratch scratch;  // kImageRows * kDepthBlock >= nr * kDepthBlock
+  Scratch c;
+};
+
+// c [count, ldc] = x[p0 : p0 + count, :] mixed^T + bias per column, ldc = round_up(outputs, nr): channels side by side.
+inline void multiply_channels(const Kernels& k, MixState& state, int64_t outputs, int64_t depth, MatrixView x,
+                              int64_t p0, int64_t count, const float* bias) {
+  int64_t panels = ceil_div(outputs, k.nr), ldc = panels * k.nr;
+  multiply_view(k, x, p0, count, depth, state.weights.panels(), k.nr, depth * k.nr, panels, state.c.get(), ldc,
+                state.scratch.get());
+  if (bias) k.product(&kOne, 0, false, count, 1, bias, 0, k.nr, panels, state.c.get(), ldc, true);
+}
+
+// [heads, outputs, depth] of any view as float32.
+inline void load_heads(const Kernels& k, const HeadsView& up, int64_t heads, int64_t outputs, int64_t depth,
+                       bool transpose, float* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    MatrixView view = transpose ? transposed(head(up, h)) : head(up, h);
+    k.load(view, 0, outputs, 0, depth, out + h * outputs * depth, depth);
+  }
+}
+
+inline void mix_forward(const Runtime& runtime, const MixForward& f) {
+  const Kernels& k = *runtime.kernels;
+  const MixShape& s = f.shape;
+  if (s.batch * s.positions * s.out == 0) return;
+  GateOperands gate(k, {s.batch, 0, s.rank, s.out, s.heads}, f.gate_weight, f.gate_bias, f.bias);
+  int64_t ldg = gate.panels * k.nr;
+  Scratch means(s.batch * s.rank), g(s.batch * ldg), weights(s.heads * s.out * s.rank);
+  image_gates(runtime, s, f.t, gate, means.get(), g.get());
+  load_heads(k, f.up, s.heads, s.out, s.rank, false, weights.get());
+
+  const float* bias = gate.has_bias ? gate.bias_rows.get() : nullptr;
+  auto make_state = [&] {
+    return MixState(k, weights.get(), bias, gate.out_width, s.heads, s.out, s.rank, f.channels_last);
+  };
+  double work = 2.0 * s.batch * s.positions * s.out * s.rank;
+  int64_t block = f.channels_last ? kImageRows : k.nr;
+  over_positions(runtime, s, block, work, make_state, [&](MixState& state, int64_t b, int64_t p0, int64_t count) {
+    state.weights.select(b, g.get() + b * ldg);
+    MatrixView t = image(f.t, b), residual = shifted(image(f.residual, b), p0, 0);
+    if (f.channels_last) {
+      multiply_channels(k, state, s.out, s.rank, t, p0, count, state.weights.bias());
+      k.finish(state.c.get(), gate.out_width, count, s.out, residual, f.activation,
+               element(f.y, f.dtype, (b * s.positions + p0) * s.out), f.dtype, s.out);
+    } else {
+      multiply_positions(k, state.weights.rows(), s.out, s.rank, t, p0, count, state.weights.bias(),
+                         state.scratch.get(), state.c.get());
+      k.finish(state.c.get(), k.nr, s.out, count, transposed(residual), f.activation,
+               element(f.y, f.dtype, b * s.out * s.positions + p0), f.dtype, s.positions);
+    }
+  });
+}
+
+}  // namespace inherit_kernels

@@ -1,0 +1,72 @@
+// The border between code that is compiled once and code that is compiled once per instruction set.
+//
+// `Kernels` is a table of plain functions over pointers and sizes. csrc/cpu/microkernels.cpp is compiled once per
+// instruction set and exports one table each; everything else calls through the table chosen at run time. The files
+// on the other side of the table must not instantiate anything with external linkage: the linker keeps one copy of an
+// inline function, and an AVX-512 copy of it would then run on a machine without AVX-512.
+#pragma once
+
+#include <cstdint>
+
+namespace inherit_kernels {
+
+enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// Values are the `activation` argument of the native ops.
+enum class Activation : int64_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
+// A strided matrix; strides count elements. `data == nullptr` means "absent" where an argument is optional.
+struct MatrixView {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride;
+  int64_t col_stride;
+};
+
+// The depth of one product call. 192 * 32 floats of a panel are 24 KiB: they stay in a 32 KiB first level cache while
+// the rows of a block pass over them.
+constexpr int64_t kDepthBlock = 192;
+
+// Panels: a weight [J, D] is cut into ceil(J / nr) panels [D, nr], padded with zeros, so that a product reads `nr`
+// neighbouring outputs of one depth index as one run.
+struct Kernels {
+  const char* name;
+  int64_t mr;  // rows of one register tile
+  int64_t nr;  // columns of one register tile: the panel width
+
+  // One panel: dst[d * nr + j] = w[j0 + j, d0 + d] for j < count, zero for the rest of the nr columns.
+  void (*pack)(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t depth, float* dst);
+  // dst[i * ld + d] = x[i0 + i, d0 + d] as float32.
+  void (*load)(MatrixView x, int64_t i0, int64_t rows, int64_t d0, int64_t depth, float* dst, int64_t ld);
+  // dst[i * ld_dst + j] = src[i * ld_src + j], rounded to nearest even for bfloat16. dst counts elements.
+  void (*store)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, void* dst, Dtype dtype, int64_t ld_dst);
+  // c[i, j] (+)= sum_d a[i, d] b[d, j] over `panels` panels, depth <= kDepthBlock. a[i, d] is a[i * lda + d], or
+  // a[d * lda + i] if transposed; b[d, p * nr + j] is b[p * b_panel + d * b_depth + j]. c has panels * nr columns.
+  // The sum over d is taken in order and for every element alike, whatever the row, its neighbours and the tiling.
+  void (*product)(const float* a, int64_t lda, bool transposed, int64_t rows, int64_t depth, const float* b,
+                  int64_t b_depth, int64_t b_panel, int64_t panels, float* c, int64_t ldc, bool accumulate);
+  // out[i, j] (+)= sum_d x[i, d] w[j0 + j, d] for j < count, w.col_stride == 1: for few rows (<= kDotRows), straight
+  // from the weight. x is [rows, ldx] float32 with ldx >= padded(depth), its padding is not read.
+  void (*dot)(const float* x, int64_t ldx, int64_t rows, int64_t depth, MatrixView w, int64_t j0, int64_t count,
+              float* out, int64_t ldo, bool accumulate);
+  // out[i, j] = activation(c[i, j] + residual[i, j]); residual may be absent.
+  void (*finish)(const float* c, int64_t ldc, int64_t rows, int64_t cols, MatrixView residual, Activation activation,
+                 void* out, Dtype dtype, int64_t ldo);
+  // Softmax over the first `heads` entries of every row, in place.
+  void (*softmax)(float* logits, int64_t ld, int64_t rows, int64_t heads);
+  // out[i * ldo + h * rank + r] = g[i * ldg + h] * t[i * ldt + r].
+  void (*scale_heads)(const float* t, int64_t ldt, const float* g, int64_t ldg, int64_t rows, int64_t heads,
+                      int64_t rank, float* out, int64_t ldo);
+  // out[k] = sum_h g[h] * w[h * stride + k] for k < count.
+  void (*mix)(const float* w, int64_t stride, const float* g, int64_t heads, int64_t count, float* out);
+  // y[k] (+)= a * x[k].
+  void (*axpy)(float a, const float* x, int64_t count, float* y, bool accumulate);
+  // sum_k x[k] * y[k].
+  double (*inner)(const float* x, const float* y, int64_t count);
+  // sums[j] += sum_i x[i0 + i, j] for j < cols, in blocks of float32 added up in double.
+  void (*column_sums)(MatrixView x, int64_t rows, int64_t cols, double* sums);
+};
+
+constexpr int64_t kDotRows = 8;
+
+}  // namespace inherit_kernels

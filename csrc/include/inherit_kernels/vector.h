@@ -1,0 +1,135 @@
+// Vector arithmetic for one instruction set: included only by csrc/cpu/microkernels.cpp, which is compiled once per
+// set, so everything here has internal linkage. Written in the vector extensions shared by GCC and Clang.
+#pragma once
+
+#include <cstdint>
+
+#include "inherit_kernels/kernels.h"
+
+namespace inherit_kernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UInts __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline Vec load_vec(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_vec(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline Vec load_vec(const uint16_t* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UInts) << 16);
+}
+
+// Round to nearest even; a NaN becomes torch's quiet 0x7fc0 (plain rounding could carry it into infinity).
+inline void store_vec(uint16_t* p, Vec v) {
+  UInts bits = (UInts)v;
+  UInts rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = (v != v) ? UInts{} + 0x7fc0u : rounded;
+  Halves h = __builtin_convertvector(rounded, Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+template <class T>
+inline Vec load_part(const T* p, int64_t count) {
+  T lane[kLanes] = {};
+  for (int64_t k = 0; k < count; ++k) lane[k] = p[k];
+  return load_vec(lane);
+}
+
+template <class T>
+inline void store_part(T* p, Vec v, int64_t count) {
+  T lane[kLanes];
+  store_vec(lane, v);
+  for (int64_t k = 0; k < count; ++k) p[k] = lane[k];
+}
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(uint16_t x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// exp(x) within 1.1 ulp. x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with q a minimax fit on |r| <= 0.348; the scale
+// 2^n goes in as two factors, so that overflow gives infinity and underflow passes through the denormals.
+inline Vec exp_vec(Vec x) {
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  const float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  Vec shifted = x * 1.44269504f + kMagic;
+  Vec n = shifted - kMagic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec q = broadcast(0x1.6a2174p-10f);
+  q = q * r + 0x1.123b8ap-7f;
+  q = q * r + 0x1.5558fcp-5f;
+  q = q * r + 0x1.555490p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  Vec p = (q * r) * r + r + 1.0f;
+  Ints k = (Ints)((UInts)shifted - 0x4b400000u);
+  Ints half = k >> 1;
+  Vec low = (Vec)(((UInts)half + 127u) << 23);
+  Vec high = (Vec)(((UInts)(k - half) + 127u) << 23);
+  return p * low * high;
+}
+
+// erf(x) within 1.2 ulp: x + x q(x^2) up to 0.9; beyond, 1 - exp(x q(x)) with x q(x) a fit of log erfc.
+inline Vec erf_vec(Vec x) {
+  Vec s = x * x;
+  Vec a = x < 0.0f ? -x : x;
+  Vec q = broadcast(8.513102511642501e-05f);
+  q = q * s - 8.175639086402953e-04f;
+  q = q * s + 5.203858949244022e-03f;
+  q = q * s - 2.686050906777382e-02f;
+  q = q * s + 1.128371506929398e-01f;
+  q = q * s - 3.761263489723206e-01f;
+  q = q * s + 1.283791661262512e-01f;
+  Vec small = q * x + x;
+  a = a > 4.0f ? broadcast(4.0f) : a;  // erf(4) rounds to 1
+  Vec l = broadcast(-9.584914550941903e-06f);
+  l = l * a + 3.064916818402708e-04f;
+  l = l * a - 3.576859366148710e-03f;
+  l = l * a + 2.362495101988316e-02f;
+  l = l * a - 1.060797050595284e-01f;
+  l = l * a - 6.352450847625732e-01f;
+  l = l * a - 1.128625750541687e+00f;
+  Vec large = 1.0f - exp_vec(l * a);
+  large = x < 0.0f ? -large : large;
+  return a < 0.9f ? small : large;
+}
+
+// NaN must survive: every selection keeps x where the comparison is false.
+template <Activation kind>
+inline Vec activate(Vec x) {
+  if (kind == Activation::kRelu) return x < 0.0f ? Vec{} : x;
+  if (kind == Activation::kGelu) return x * 0.5f * (1.0f + erf_vec(x * 0.707106781f));
+  // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)): no cancellation for negative u.
+  if (kind == Activation::kGeluTanh) {
+    return x / (1.0f + exp_vec(x * (-1.595769122f - 7.135481283e-2f * (x * x))));
+  }
+  if (kind == Activation::kSilu) return x / (1.0f + exp_vec(-x));
+  return x;
+}
+
+}  // namespace
+}  // namespace inherit_kernels

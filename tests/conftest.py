@@ -1,0 +1,12 @@
+"""Options and environment of the tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=1000, help="random calls of the fuzz test")
+    parser.addoption("--fuzz-random", action="store_true", help="other random calls on every run")

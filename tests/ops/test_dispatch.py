@@ -1,0 +1,141 @@
+"""Choosing, forcing and explaining backends."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+
+import inherit_kernels
+from inherit_kernels import dispatch
+from inherit_kernels.registry import OPS, Problem
+
+X, DOWN, UP = torch.randn(4, 8), torch.randn(3, 8), torch.randn(5, 3)
+
+
+@pytest.fixture
+def clean():
+    spec = OPS["lowrank_linear"]
+    spec.choices.clear()
+    dispatch._table.cache_clear()
+    yield spec
+    spec.choices.clear()
+    dispatch._table.cache_clear()
+
+
+def test_a_forced_backend_that_declines_raises_its_sentence(clean, monkeypatch):
+    monkeypatch.setattr(clean.backends["unfused"], "supports", lambda problem: "it is Sunday")
+    with inherit_kernels.use_backend("unfused"), pytest.raises(ValueError, match="'unfused' cannot serve .* it is Sunday"):
+        inherit_kernels.lowrank_linear(X, DOWN, UP)
+    assert inherit_kernels.lowrank_linear(X, DOWN, UP).shape == (4, 5)  # an automatic choice moves on
+
+
+def test_an_op_without_the_forced_backend_says_what_it_has():
+    with inherit_kernels.use_backend("native"), pytest.raises(ValueError, match="it has unfused, reference"):
+        inherit_kernels.lowrank_conv2d(torch.randn(1, 8, 4, 4), DOWN[:, :, None, None], UP)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="name: expected one of .*unfused.* got 'fast'"), inherit_kernels.use_backend("fast"):
+        pass
+
+
+def test_forcing_nests_and_does_not_leak_to_other_threads():
+    seen = []
+    with inherit_kernels.use_backend("reference"):
+        with inherit_kernels.use_backend(None):
+            assert dispatch.forced_backend() is None
+        assert dispatch.forced_backend() == "reference"
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+    assert dispatch.forced_backend() is None
+
+
+def test_the_backward_uses_the_backend_of_its_forward(monkeypatch):
+    ran = []
+    reference = OPS["lowrank_linear"].backends["reference"]
+    backward = reference.backward
+    monkeypatch.setattr(reference, "backward", lambda *args: ran.append(1) or backward(*args))
+    with inherit_kernels.use_backend("reference"):
+        y = inherit_kernels.lowrank_linear(X.clone().requires_grad_(), DOWN, UP)
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert ran == [1]
+
+
+def test_the_measured_table_decides_by_the_nearest_bucket(clean, monkeypatch, tmp_path):
+    def entry(m, unfused, reference):
+        return {
+            "dtype": "float32",
+            "training": False,
+            "sizes": {"M": m, "K": 8, "N": 8, "R": 4},
+            "microseconds": {"unfused": unfused, "reference": reference, "absent": 0.1},
+        }
+
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"version": 1, "entries": [entry(1, 2.0, 1.0), entry(1024, 1.0, 2.0)]}))
+    monkeypatch.setattr(dispatch, "table_path", lambda op, slug: path)
+    assert inherit_kernels.explain("lowrank_linear", X, DOWN, UP).choice == "reference"
+    assert inherit_kernels.explain("lowrank_linear", X.repeat(200, 1), DOWN, UP).choice == "unfused"
+    # another dtype, or training, was not measured here
+    assert inherit_kernels.explain("lowrank_linear", X.bfloat16(), DOWN.bfloat16(), UP.bfloat16()).choice == "unfused"
+    path.write_text(json.dumps({"version": 0, "entries": []}))
+    dispatch._table.cache_clear()
+    with pytest.raises(ValueError, match="version 0, expected 1"):
+        inherit_kernels.explain("lowrank_linear", X, DOWN, UP)
+
+
+def test_committed_tables_name_real_backends_and_letters():
+    for op, spec in OPS.items():
+        for path in dispatch.table_path(op, "x").parent.glob("*.json"):
+            table = json.loads(path.read_text())
+            assert table["version"] == dispatch.TABLE_VERSION
+            assert table["entries"], path
+            for item in table["entries"]:
+                assert set(item["microseconds"]) <= set(spec.backends)
+                assert set(item["sizes"]) <= set("MKNRHBCTP")
+
+
+def test_the_choice_is_one_look_up_and_bounded(clean, monkeypatch):
+    calls = []
+    decide = dispatch._decide
+    monkeypatch.setattr(dispatch, "_decide", lambda *args: calls.append(1) or decide(*args))
+    for _ in range(5):
+        inherit_kernels.lowrank_linear(X, DOWN, UP)
+    assert len(calls) == 1
+    monkeypatch.setattr(dispatch, "CHOICES_KEPT", 4)
+    for rows in range(1, 20):
+        inherit_kernels.lowrank_linear(torch.randn(rows, 8), DOWN, UP)
+    assert len(clean.choices) <= 4
+
+
+def test_explain_names_every_backend_and_computes_nothing(monkeypatch):
+    spec = OPS["gated_lowrank_linear"]
+    monkeypatch.setattr(spec.backends["unfused"], "forward", lambda *args: pytest.fail("computed"))
+    text = str(inherit_kernels.explain("gated_lowrank_linear", X, DOWN, UP[None], gate_weight=torch.randn(1, 3)))
+    assert all(name in text for name in spec.backends)
+    assert "choice:" in text
+    with pytest.raises(ValueError, match="op: expected one of"):
+        inherit_kernels.explain("linear", X)
+    with pytest.raises(ValueError, match="up: expected shape"):
+        inherit_kernels.explain("lowrank_linear", X, DOWN, UP.t())
+
+
+def test_every_backend_answers_for_a_problem_elsewhere():
+    for spec in OPS.values():
+        for name, backend in spec.backends.items():
+            sentence = backend.supports(Problem(spec.name, torch.float64, torch.device("cuda"), {}, (), False))
+            assert (sentence is None) == (name in ("unfused", "reference"))
+
+
+def test_status_says_what_to_do_about_what_is_missing():
+    status = inherit_kernels.status()
+    text = str(status)
+    assert torch.__version__ in text
+    if not inherit_kernels._native.load():
+        assert any("INHERIT_KERNELS_BUILD" in sentence or "install" in sentence for sentence in status.problems)
