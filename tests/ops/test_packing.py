@@ -28,7 +28,7 @@ def test_packed_equals_plain_within_the_accuracy_of_the_dtype(op, dtype):
             y = call()
         assert y.stride() == plain.stride()
         epsilon = torch.finfo(dtype).eps
-        torch.testing.assert_close(y, plain, rtol=4 * epsilon, atol=8 * epsilon)
+        torch.testing.assert_close(y, plain, rtol=4 * epsilon, atol=32 * epsilon)
         if _native.load() and op in ("lowrank_linear", "gated_lowrank_linear"):
             assert packed.layout == "panels" and packed.isa == _native.isa()
             assert packed.bytes >= sum(inputs[name].numel() for name in ("down", "up")) * 2

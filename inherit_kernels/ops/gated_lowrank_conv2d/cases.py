@@ -75,3 +75,14 @@ def random_case(pick: Pick) -> Case:
         dilation=dilation,
         activation=pick(ACTIVATIONS),
     )
+
+
+def tuning_cases() -> list[Case]:
+    """The buckets of the dispatch table: the layers of residual networks."""
+    return [
+        case(f"b{b}_c{c}_{side}x{side}_r{r}_k{k}", (b,), c, (side, side), c, r, 3, (k, k), padding=k // 2)
+        for c, side in ((16, 8), (16, 32), (64, 56), (128, 28), (256, 14), (512, 7))
+        for r in (c // 4, c // 2)
+        for k in (1, 3)
+        for b in (1, 8, 32)
+    ]

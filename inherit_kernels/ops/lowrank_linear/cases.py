@@ -50,3 +50,14 @@ def random_case(pick: Pick) -> Case:
         residual=pick((False, True)),
         activation=pick(ACTIVATIONS),
     )
+
+
+def tuning_cases() -> list[Case]:
+    """The buckets of the dispatch table."""
+    return [
+        case(f"{m}x{k}->{r}->{n}", (m,), k, n, r)
+        for k, n in ((256, 256), (512, 2048), (2048, 512), (4096, 4096))
+        for r in (16, 64, 256)
+        for m in (1, 8, 64, 512, 4096)
+        if r * (k + n) < k * n
+    ]

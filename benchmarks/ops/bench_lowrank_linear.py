@@ -1,0 +1,27 @@
+"""Regression benchmark of `lowrank_linear`: `make bench`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.ops.common import bench, bench_baseline, parameters
+from inherit_kernels.ops.lowrank_linear.cases import case
+
+CASES = [
+    case("1x1024", (1,), 1024, 1024, 64),
+    case("64x4096", (64,), 4096, 4096, 256),
+    case("1024x1024", (1024,), 1024, 1024, 64),
+]
+
+
+@parameters("lowrank_linear", CASES)
+def test_forward(benchmark, case, backend):
+    bench(benchmark, "lowrank_linear", case, backend)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dense_layer(benchmark, case):
+    layer = torch.nn.Linear(case.shapes["x"][-1], case.shapes["up"][-2])
+    x = torch.randn(case.shapes["x"])
+    bench_baseline(benchmark, case, lambda: layer(x))
