@@ -1,0 +1,269 @@
+"""The command line from a shell's point of view: output, exit statuses, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from inhernet import load, nn
+from inhernet.cli import main
+from inhernet.distill.state import load_state
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "100",
+}
+
+USER_MODULE = """
+import time
+import torch
+from torch import nn
+from inhernet import models
+
+def tiny():
+    torch.manual_seed(0)
+    return models.cifar_resnet(8, (8, 8, 16, 32), num_classes=10, in_channels=1)
+
+def own():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(4)]
+
+def parts():
+    return batches(), batches()
+
+def odd():
+    return {"training": batches()}
+
+class Slow(list):
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.1)
+            yield batch
+
+def slow():
+    return Slow(batches() * 20)
+
+def number():
+    return 3
+
+def broken():
+    raise RuntimeError("this function fails")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's working directory with a module of models and data."""
+    (tmp_path / "mine.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    return tmp_path
+
+
+def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inhernet", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def converted(folder: Path, *options: str) -> None:
+    assert main(["convert", "mine:tiny", "--data", "mine:parts", "--out", "student", *options]) == 0
+
+
+def test_plan_from_a_shell(folder: Path) -> None:
+    done = shell("plan", "inhernet.models:resnet20", "--rank", "8", cwd=folder)
+    assert done.returncode == 0
+    assert "22 of 22 layers factorised" in done.stdout
+    assert "whole model: 54,780 of 278,324 parameters (19.7%)" in done.stdout
+    assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+    assert done.stderr.count("\n") == 1 and "no --weights" in done.stderr
+
+
+def test_plan_is_written_and_followed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", "mine:parts", "--budget", "0.4", "--heads", "2"]
+    assert main(["plan", "mine:tiny", *options, "--out", "planned"]) == 0
+    assert main(["convert", "mine:tiny", "--plan", "planned", "--out", "student"]) == 0
+    model = load("student")
+    assert any(isinstance(module, nn.GatedLowRankConv2d) for module in model.modules())
+    assert "fisher" in capsys.readouterr().out
+
+
+def test_convert_train_eval_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = folder / "teacher.safetensors"
+    import mine
+
+    save_file(mine.tiny().state_dict(), weights)
+    teacher = ["--teacher", "mine:tiny", "--weights", str(weights)]
+    converted(folder, "--budget", "0.5", "--weights", str(weights))
+    before = load("student").state_dict()
+    assert main(["train", "student", *teacher, "--data", "mine:parts", "--epochs", "2", "--out", "trained"]) == 0
+    after = load("trained").state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(torch.equal(value, load("student").state_dict()[key]) for key, value in before.items())
+    assert not (folder / "trained.training").exists()
+    capsys.readouterr()
+    assert main(["eval", "trained", *teacher, "--data", "mine:parts"]) == 0
+    assert {"accuracy", "KL to the teacher", "same decision"} <= {
+        line[:22].strip() for line in capsys.readouterr().out.splitlines()
+    }  # fmt: skip
+    assert main(["bench", "trained", "--input", "1x8x8", "--batch", "1", "3", "--seconds", "0.01"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    medians = [float(line[-4]) for line in lines if line and line[0] in ("dense", "inherited", "published")]
+    assert len(medians) == 6 and min(medians) > 0
+
+
+def test_own_architecture_needs_trust(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "mine:own", "--rank", "4", "--out", "student"]) == 0
+    assert main(["eval", "student", "--data", "mine:batches"]) == 2
+    assert "trust" in capsys.readouterr().err
+    assert main(["eval", "student", "--data", "mine:batches", "--trust", "mine"]) == 0
+    assert main(["train", "student", "--data", "mine:batches", "--trust", "mine", "--epochs", "1"]) == 0
+    assert main(["bench", "student", "--trust", "mine", "--data", "mine:batches", "--seconds", "0.01"]) == 0
+
+
+WRONG = [
+    ("plan nowhere:net", "no module 'nowhere'"),
+    ("plan mine:nothing", "has no function 'nothing'"),
+    ("plan resnet20", "expected hf:DIR"),
+    ("plan mine:number", "returned int, expected an nn.Module"),
+    ("plan hf:nowhere", "no config.json"),
+    ("plan mine:tiny --rank 0", "rank is 0"),
+    ("plan mine:tiny --rank 4 --ratio 0.5", "not allowed with argument"),
+    ("plan mine:tiny --budget -1", "is -1.0"),
+    ("plan mine:tiny --heads 0", "heads is 0"),
+    ("plan mine:tiny --init fisher", "calibration"),
+    ("plan mine:tiny --exclude nosuch", "nosuch"),
+    ("plan mine:tiny --weights nowhere.safetensors", "is not a file"),
+    ("plan mine:tiny --weights mine.py", "not a safetensors file"),
+    ("plan mine:tiny --data mine:odd", "expected train, val, test"),
+    ("plan mine:tiny --data mine:number", "expected an iterable"),
+    ("plan mine:tiny --data digit", "expected digits, or"),
+    ("convert mine:tiny", "--out"),
+    ("convert mine:tiny --plan nowhere --out x", "has no plan.json"),
+    ("train nowhere --data digits", "nowhere"),
+    ("train student --data mine:parts --objective published", "needs --teacher"),
+    ("train student --data mine:parts --lr 0", "lr is 0.0"),
+    ("eval nowhere --data mine:parts", "nowhere"),
+    ("bench student --input 3xx", "--input is '3xx'"),
+    ("bench student --batch 0", "--batch is [0]"),
+    ("demo nothing", "invalid choice"),
+    ("demo digits --seeds 0", "--seeds is 0"),
+    ("bogus", "invalid choice"),
+    ("", "required"),
+]
+
+
+@pytest.mark.parametrize("line, words", WRONG, ids=[line or "nothing" for line, _ in WRONG])
+def test_wrong_input_is_one_line_and_status_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    if "student" in line:
+        converted(folder, "--rank", "2")
+        capsys.readouterr()
+    assert main(line.split()) == 2
+    errors = [e for e in capsys.readouterr().err.splitlines() if not e.startswith("note:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("inhernet: error: ") and words in errors[0]
+
+
+def test_weights_of_another_network_name_the_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"conv1.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, "wrong.safetensors")
+    assert main(["plan", "mine:tiny", "--weights", "wrong.safetensors"]) == 2
+    message = capsys.readouterr().err
+    assert "unknown 'extra'" in message or "no 'bn1.weight'" in message
+
+
+def test_failures_inside_are_status_1_and_debug_shows_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "mine:broken"]) == 1
+    assert capsys.readouterr().err == "inhernet: error: this function fails (RuntimeError; --debug shows where)\n"
+    with pytest.raises(RuntimeError, match="this function fails"):
+        main(["plan", "mine:broken", "--debug"])
+
+
+def test_missing_extra_names_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["plan", "mine:tiny", "--data", "digits"]) == 2
+    assert "pip install 'inherit-kernels[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str], number: int, status: int) -> None:
+    converted(folder, "--rank", "2")
+    train = ["train", "student", "--teacher", "mine:tiny", "--data", "mine:slow", "--epochs", "1"]
+    command = [sys.executable, "-m", "inhernet", *train]
+    run = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.2)
+    state = folder / "student.training"
+    deadline = time.monotonic() + 60
+    # The handler is installed before the first batch; 80 batches of 0.1 s leave time to hit it.
+    while not _handles(run.pid, number) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(number)
+    message = run.communicate(timeout=60)[1]
+    assert run.returncode == status
+    assert "Traceback" not in message and "the same command goes on from there" in message
+    _, plain = load_state(state)
+    assert 0 < plain["position"] < 80
+    assert main(train[:-1] + ["2"]) == 2  # another schedule is another run
+    assert "epochs was 1, is 2" in capsys.readouterr().err
+    assert main([*train, "--restart"][:5] + ["mine:parts", "--epochs", "1", "--restart"]) == 0
+    assert not state.exists()
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether the process catches the signal (Linux): the bit in SigCgt."""
+    if number == signal.SIGINT:
+        number = signal.SIGTERM  # Python itself catches SIGINT from the start; both handlers are set together
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(mask >> (number - 1) & 1)
+
+
+def test_a_closed_pipe_is_no_error(folder: Path) -> None:
+    command = f"{sys.executable} -m inhernet plan inhernet.models:resnet110 --rank 4 2>err | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in (folder / "err").read_text() and "Broken" not in (folder / "err").read_text()
+
+
+def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
+    converted(folder, "--rank", "2")
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "inhernet", "train", "student", "--teacher", "mine:tiny", "--data", "mine:parts"]
+    run = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=child, stderr=child, close_fds=True)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(parent, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert run.wait(60) == 0
+    assert "━".encode() in shown and b"epoch 5/5" in shown
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown and "native library" in shown and "extra [hf]" in shown
+
+
+def test_help_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "inhernet plan inhernet.models:resnet20 --rank 8" in capsys.readouterr().out

@@ -1,0 +1,432 @@
+"""The native CPU operators, called directly, against float64; the rule of accuracy is the project's one.
+
+The whole file runs again in a process per instruction set (INHERIT_KERNELS_CPU_ISA is read once per process), and the
+kernels run without torch under the address and undefined-behaviour sanitizers.
+
+Seen failing, each by one edit of csrc: the depth tail of a dot product dropped, bias added twice, one head's gate taken
+for another's, `relu` written as `x > 0 ? x : 0` (NaN lost), a chunk's sums overwriting the previous chunk's, the last
+column of a ragged panel not stored, a residual read with y's strides, a read one element past a row (sanitizer).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inherit_kernels import _native
+from inherit_kernels.testing.accuracy import assert_within
+
+if not _native.load():
+    pytest.skip(f"no native operator was tested: {_native.error}", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+CHILD = "INHERIT_KERNELS_TEST_CHILD" in os.environ  # this process tests one instruction set of the others
+ops = _native.ops
+DTYPES = [torch.float32, torch.bfloat16]
+ACTIVATIONS = [
+    lambda z: z,
+    torch.relu,
+    F.gelu,
+    lambda z: F.gelu(z, approximate="tanh"),
+    F.silu,
+]
+ROWS = [0, 1, 3, 8, 9, 48, 63, 65, 130, 600]  # ways change after 8 and 48, the chunk of the backward ends at 512
+SIZES = [(63, 5, 65, 2), (1, 1, 1, 1), (200, 33, 130, 4), (256, 64, 100, 3), (17, 200, 31, 3)]  # K, R, N, H
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+
+def strided(tensor):
+    """The same values, last dimension first in memory and every element two apart."""
+    if tensor is None or tensor.dim() == 0:
+        return tensor
+    order = [tensor.dim() - 1, *range(tensor.dim() - 1)]
+    moved = tensor.permute(order)
+    store = torch.full((*moved.shape, 2), torch.nan, dtype=tensor.dtype)
+    store[..., 0] = moved
+    return store[..., 0].permute([*range(1, tensor.dim()), 0])
+
+
+def linear(x, down, up, gate_weight, gate_bias, bias, residual, activation=0):
+    """The definition, plain where there is no gate; the heads merged, as torch users would write it."""
+    t = x @ down.mT
+    if gate_weight is None:
+        y = t @ up.mT
+    else:
+        g = torch.softmax(F.linear(t, gate_weight, gate_bias), -1)
+        y = torch.einsum("...h,...r->...hr", g, t).flatten(-2) @ up.permute(0, 2, 1).flatten(0, 1)
+        bias = None if bias is None else g @ bias
+    y = y if bias is None else y + bias
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+def mix(t, up, gate_weight, gate_bias, bias, residual, activation=0):
+    g = torch.softmax(F.linear(t.mean((2, 3)), gate_weight, gate_bias), -1)
+    y = torch.einsum("bnr,brij->bnij", torch.einsum("bh,hnr->bnr", g, up), t)
+    y = y if bias is None else y + (g @ bias)[:, :, None, None]
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+def gradients(function, tensors, dz):
+    leaves = [None if v is None else v.detach().requires_grad_() for v in tensors]
+    return torch.autograd.grad(function(*leaves), [v for v in leaves if v is not None], dz)
+
+
+def evaluate(function, tensors, dz):
+    return [function(*tensors)] if dz is None else gradients(function, tensors, dz)
+
+
+def check(what, got, function, tensors, dz=None):
+    """Holds `got` (the value of `function`, or its gradients if dz is given) to the accuracy rule."""
+    dtype = next(v.dtype for v in tensors if v is not None)
+    epsilon = torch.finfo(dtype).eps
+
+    def moved(v):
+        return None if v is None else v.double() * (1 + epsilon * (torch.randint(0, 2, v.shape) * 2 - 1))
+
+    wide = [None if v is None else v.double() for v in tensors]
+    truth = evaluate(function, wide, None if dz is None else dz.double())
+    plain = evaluate(function, tensors, dz)
+    perturbed = [evaluate(function, [moved(v) for v in tensors], moved(dz)) for _ in range(4)]
+    assert len(got) == len(truth)
+    for i, result in enumerate(got):
+        assert result.dtype == dtype
+        assert_within(
+            f"{what} [{i}]", result, truth[i], plain[i], [p[i] for p in perturbed], 2 if dz is None else 3, epsilon
+        )
+
+
+def linear_inputs(rows, sizes, dtype, gated, full):
+    k, r, n, h = sizes
+    up = (h, n, r) if gated else (n, r)
+    x = random(rows, k, dtype=dtype)
+    down, up = random(r, k, dtype=dtype, scale=k**-0.5), random(*up, dtype=dtype, scale=r**-0.5)
+    gate_weight = random(h, r, dtype=dtype, scale=r**-0.5) if gated else None
+    gate_bias = random(h, dtype=dtype) if gated and full else None
+    bias = random(*((h, n) if gated else (n,)), dtype=dtype) if full else None
+    return [x, down, up, gate_weight, gate_bias, bias, random(rows, n, dtype=dtype) if full else None]
+
+
+def forward(inputs, activation=0, saving=False):
+    x, down, up, gate_weight, gate_bias, bias, residual = inputs
+    suffix = "_saving" if saving else ""
+    if gate_weight is None:
+        return getattr(ops, f"lowrank_linear{suffix}")(x, down, up, bias, residual, activation)
+    op = getattr(ops, f"gated_lowrank_linear{suffix}")
+    return op(x, down, up, gate_weight, gate_bias, bias, residual, activation)
+
+
+def forward_packed(inputs, activation=0):
+    x, down, up, gate_weight, gate_bias, bias, residual = inputs
+    r, n = down.shape[0], up.shape[-2]
+    panels = ops.pack_panels(down), ops.pack_panels(up if up.dim() == 2 else up.permute(1, 0, 2).reshape(n, -1))
+    if gate_weight is None:
+        return ops.lowrank_linear_packed(x, *panels, r, n, bias, residual, activation)
+    return ops.gated_lowrank_linear_packed(x, *panels, r, n, gate_weight, gate_bias, bias, residual, activation)
+
+
+def backward(dz, t, inputs, needs=None):
+    x, down, up, gate_weight, gate_bias, bias, _ = inputs
+    if gate_weight is None:
+        return ops.lowrank_linear_backward(dz, x, t, down, up, *(needs or [True] * 4))
+    return ops.gated_lowrank_linear_backward(
+        dz, x, t, down, up, gate_weight, gate_bias, bias, *(needs or [True] * 6)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("sizes", SIZES)
+def test_linear_forward(sizes, gated, dtype):
+    for i, rows in enumerate(ROWS):
+        for full in (False, True):
+            inputs = linear_inputs(rows, sizes, dtype, gated, full)
+            before = [None if v is None else v.clone() for v in inputs]
+            for activation in range(5) if full else (i % 5,):
+                what = f"rows {rows} activation {activation} full {full}"
+                check(what, [forward(inputs, activation)], lambda *v, a=activation: linear(*v, a), inputs)
+                check(what, [forward_packed(inputs, activation)], lambda *v, a=activation: linear(*v, a), inputs)
+            y, t = forward(inputs, 0, saving=True)
+            check("y saving", [y], linear, inputs)
+            check("t", [t], lambda x, down: x @ down.mT, inputs[:2])
+            assert all(v is None or torch.equal(v, b) for v, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("sizes", SIZES)
+def test_linear_backward(sizes, gated, dtype):
+    for rows in ROWS:
+        for full in (False, True):
+            inputs = linear_inputs(rows, sizes, dtype, gated, full)
+            dz = random(rows, sizes[2], dtype=dtype)
+            _, t = forward(inputs, 0, saving=True)
+            got = [v for v in backward(dz, t, inputs)]
+            given = [inputs[i] is not None for i in ((0, 1, 2, 3, 4, 5) if gated else (0, 1, 2, 5))]
+            got = [v for v, there in zip(got, given, strict=True) if there]
+            check(f"rows {rows} full {full}", got, linear, [*inputs[:6], None], dz)
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("rows", (3, 20, 100))
+def test_linear_strides_and_ranks(rows, gated):
+    inputs = linear_inputs(rows, (63, 5, 65, 3), torch.float32, gated, True)
+    odd = [strided(v) for v in inputs]
+    assert not odd[0].is_contiguous() and not odd[-1].is_contiguous()
+    check("strided", [forward(odd, 2)], lambda *v: linear(*v, 2), inputs)
+    check("strided packed", [forward_packed(odd, 2)], lambda *v: linear(*v, 2), inputs)
+    _, t = forward(inputs, saving=True)
+    dz = random(rows, 65)
+    check("strided backward", backward(strided(dz), strided(t), odd), linear, [*inputs[:6], None], dz)
+    expanded = [inputs[0][:1].expand(rows, -1), *inputs[1:]]
+    check("expanded", [forward(expanded)], linear, expanded)
+    for shape in ((rows, 1), (1, rows), (2, rows // 2) if rows % 2 == 0 else (1, 1, rows)):
+        reshaped = [inputs[0].view(*shape, 63), *inputs[1:6], inputs[6].view(*shape, 65)]
+        turned = [strided(v) if i in (0, 6) else v for i, v in enumerate(reshaped)]
+        for y in (forward(reshaped), forward(turned)):
+            assert y.shape == (*shape, 65) and y.is_contiguous()
+            check("ranks", [y.view(rows, 65)], linear, inputs)
+    vector = [inputs[0][0], *inputs[1:6], inputs[6][0]]
+    check("rank 1", [forward(vector)[None]], linear, [vector[0][None], *vector[1:6], vector[6][None]])
+
+
+@pytest.mark.parametrize("gated", (False, True))
+def test_only_the_needed_gradients_are_returned(gated):
+    inputs = linear_inputs(70, (33, 7, 21, 2), torch.float32, gated, True)
+    dz = random(70, 21)
+    _, t = forward(inputs, saving=True)
+    every = backward(dz, t, inputs)
+    for i in range(len(every)):
+        one = backward(dz, t, inputs, [j == i for j in range(len(every))])
+        for j, v in enumerate(one):
+            assert torch.equal(v, every[j]) if i == j else v.shape == (0,)
+
+
+CONVOLUTIONS = [(1, 5, 7, 2, 5, 7), (3, 16, 33, 3, 8, 8), (2, 1, 1, 1, 1, 1), (4, 33, 65, 4, 23, 29), (0, 3, 4, 2, 5, 5)]
+CONVOLUTIONS += [(2, 8, 6, 3, 7, 7), (1, 3, 300, 2, 9, 9)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", (False, True))
+@pytest.mark.parametrize("sizes", CONVOLUTIONS)
+def test_convolution_mix(sizes, full, dtype):
+    b, r, n, h, height, width = sizes
+    t, up = random(b, r, height, width, dtype=dtype), random(h, n, r, dtype=dtype, scale=r**-0.5)
+    gate_weight = random(h, r, dtype=dtype, scale=2.0)
+    gate_bias, bias = (random(h, dtype=dtype), random(h, n, dtype=dtype)) if full else (None, None)
+    residual = random(b, n, height, width, dtype=dtype) if full else None
+    dz = random(b, n, height, width, dtype=dtype)
+    weights = [up, gate_weight, gate_bias, bias]
+    for form in (torch.contiguous_format, torch.channels_last):
+        last = form is torch.channels_last
+        laid = t.contiguous(memory_format=form)
+        for activation in range(5) if full else (0,):
+            inputs = [t, *weights, residual]
+            y = ops.gated_lowrank_conv2d_mix(laid, *weights, residual, activation, not last)
+            check("mix across formats", [y], lambda *v, a=activation: mix(*v, a), inputs)
+            assert y.is_contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+            y = ops.gated_lowrank_conv2d_mix(strided(t), *map(strided, weights), strided(residual), activation, last)
+            check("mix strided", [y], lambda *v, a=activation: mix(*v, a), inputs)
+        for gradient in (dz, dz.contiguous(memory_format=torch.channels_last), strided(dz)):
+            got = ops.gated_lowrank_conv2d_mix_backward(gradient, laid, *weights, *[True] * 4)
+            assert b == 0 or got[0].stride() == laid.stride() or 1 in (r, height * width)
+            given = [v for v, w in zip(got, [t, *weights], strict=True) if w is not None]
+            if b > 0:
+                check("mix backward", given, lambda *v: mix(*v, None), [t, *weights], dz)
+            else:
+                assert all(not bool(v.any()) for v in given)
+
+
+@pytest.mark.parametrize("rows", (2, 30, 100))
+@pytest.mark.parametrize("activation", range(5))
+def test_nan_and_infinities_propagate_as_in_torch(rows, activation):
+    x = random(rows, 20)
+    x[1, 3] = math.nan
+    residual = torch.zeros(rows, 9)
+    residual[0] = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 100.0, -100.0])
+    down, up = torch.zeros(4, 20), random(9, 4)
+    y = ops.lowrank_linear(x, down, up, None, residual, activation)
+    want = linear(x, down, up, None, None, None, residual, activation)
+    if activation == 2:
+        want[0, 0] = math.inf  # torch's vectorised gelu makes NaN of infinity, its scalar one does not
+    torch.testing.assert_close(y, want, equal_nan=True)
+    assert bool(y[1].isnan().all())
+    assert not bool(y[2:].isnan().any())
+    gate = random(2, 4)
+    y = ops.gated_lowrank_linear(x, down, up.expand(2, 9, 4), gate, None, None, residual, activation)
+    assert bool(y[1].isnan().all())
+    assert not bool(y[2:].isnan().any())
+
+
+def test_activations_keep_their_accuracy_over_the_whole_range():
+    """Relative to |y|: 4 ε, and 256 ε for gelu_tanh, whose exponent of up to 88 is rounded; gelu may also lose 2 ε |x|
+    to 1 + erf, as torch does. Below 1e-36 exp may have overflowed."""
+    grid = torch.cat([torch.linspace(-100, 100, 40001), torch.linspace(-6, 6, 40001), torch.logspace(-30, 2, 4001)])
+    zero, epsilon = torch.zeros(1, 1), torch.finfo(torch.float32).eps
+    for activation in range(5):
+        y = ops.lowrank_linear(zero, zero, torch.zeros(grid.numel(), 1), grid, None, activation)[0].double()
+        x = grid.double()
+        truth = x * torch.special.ndtr(x) if activation == 2 else ACTIVATIONS[activation](x)
+        if activation == 3:  # 1 + tanh(u) loses everything for negative u, even in float64
+            truth = x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+        allowed = (256 if activation == 3 else 4) * epsilon * truth.abs() + 1e-36
+        allowed += 2 * epsilon * x.abs() if activation == 2 else 0
+        worst = int(((y - truth).abs() / allowed).argmax())
+        assert (y - truth).abs()[worst] <= allowed[worst], (activation, x[worst], y[worst], truth[worst])
+
+
+def test_results_repeat_and_do_not_depend_on_neighbours_or_place():
+    for rows in (6, 40, 200, 700):
+        for gated in (False, True):
+            inputs = linear_inputs(rows, (70, 19, 45, 3), torch.float32, gated, True)
+            y, t = forward(inputs, saving=True)
+            dz = random(rows, 45)
+            first = [y, t, *backward(dz, t, inputs)]
+            for _ in range(3):
+                again = [*forward(inputs, saving=True), *backward(dz, t, inputs)]
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            order = torch.randperm(rows)
+            moved = [inputs[0][order], *inputs[1:6], inputs[6][order]]
+            assert torch.equal(forward(moved), y[order])
+            assert torch.equal(backward(dz[order], t[order], moved)[0], first[2][order])
+            spoiled = [inputs[0].clone(), *inputs[1:]]
+            spoiled[0][1:] = math.nan
+            assert torch.equal(forward(spoiled)[0], y[0])
+
+
+def test_threads_do_not_change_a_bit():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(5)
+            found = []
+            for rows in (5, 30, 300, 1100):
+                inputs = linear_inputs(rows, (130, 37, 90, 3), torch.float32, True, True)
+                y, t = forward(inputs, saving=True)
+                found += [y, t, *backward(random(rows, 90), t, inputs)]
+            t, up, gate = random(5, 9, 40, 40), random(3, 30, 9), random(3, 9)
+            found.append(ops.gated_lowrank_conv2d_mix(t, up, gate, None, None, None, 0, False))
+            found += ops.gated_lowrank_conv2d_mix_backward(random(5, 30, 40, 40), t, up, gate, None, None, *[True] * 4)
+            results.append(found)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_panels_hold_the_weight_and_zeros():
+    weight = random(70, 33)
+    for given in (weight, strided(weight), weight.bfloat16()):
+        panels = ops.pack_panels(given)
+        width = next(w for w in (8, 16, 32) if math.ceil(70 / w) * w * 33 == panels.numel())
+        back = panels.view(-1, 33, width).transpose(1, 2).reshape(-1, 33)
+        assert torch.equal(back[:70], given.float())
+        assert not bool(back[70:].any())
+
+
+def test_wrong_arguments_raise():
+    x, down, up, gate = random(3, 8), random(2, 8), random(5, 2), random(4, 2)
+    for call in (
+        lambda: ops.lowrank_linear(x, random(2, 7), up, None, None, 0),
+        lambda: ops.lowrank_linear(x, down, random(5, 3), None, None, 0),
+        lambda: ops.lowrank_linear(x, down, up, random(4), None, 0),
+        lambda: ops.lowrank_linear(x, down, up, None, random(3, 4), 0),
+        lambda: ops.lowrank_linear(x, down, up.bfloat16(), None, None, 0),
+        lambda: ops.lowrank_linear(x.double(), down, up, None, None, 0),
+        lambda: ops.lowrank_linear(x, down, up, None, None, 5),
+        lambda: ops.lowrank_linear(x, random(8), up, None, None, 0),
+        lambda: ops.lowrank_linear(x[0, 0], down, up, None, None, 0),
+        lambda: ops.lowrank_linear_packed(x, ops.pack_panels(down)[1:], ops.pack_panels(up), 2, 5, None, None, 0),
+        lambda: ops.gated_lowrank_linear(x, down, up, gate, None, None, None, 0),
+        lambda: ops.gated_lowrank_linear(x, down, random(3, 5, 2), gate, None, None, None, 0),
+        lambda: ops.gated_lowrank_conv2d_mix(random(2, 3, 4, 4), random(4, 5, 2), gate, None, None, None, 0, False),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_the_cuda_part_says_what_it_is():
+    info, says = ops.cuda_build_info(), ops.cuda_self_test()
+    assert _native.cuda_built() == bool(info)
+    if not info:
+        assert "built without CUDA" in says
+    elif torch.cuda.is_available():
+        assert says.startswith("ok"), says
+    else:
+        assert "sm_" in info and "no CUDA device is usable here" in says
+
+
+def runs_here(level):
+    if level == "generic":
+        return True
+    file = Path("/proc/cpuinfo")
+    flags = set(file.read_text().split()) if file.is_file() and platform.machine() == "x86_64" else set()
+    need = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    return (need.get(level) or need["avx512"] | {"avx512_bf16"}) <= flags
+
+
+@pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
+@pytest.mark.parametrize("level", ("generic", "avx2", "avx512", "avx512_bf16"))
+def test_every_instruction_set(level):
+    if _native.isa() == level:
+        return  # this process
+    script = "import torch; from inherit_kernels import _native; print(_native.load(), _native.isa(), _native.error)"
+    environment = os.environ | {"INHERIT_KERNELS_CPU_ISA": level, "INHERIT_KERNELS_TEST_CHILD": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if not runs_here(level):
+        assert said.stdout.startswith("False") and "this machine cannot run" in said.stdout
+        pytest.skip(f"{level} was not tested: this CPU lacks it")
+    assert said.stdout.split()[:2] == ["True", level]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
+def test_a_wrong_instruction_set_is_an_error_that_names_the_choices():
+    script = "from inherit_kernels import _native; print(_native.load(), _native.error)"
+    environment = os.environ | {"INHERIT_KERNELS_CPU_ISA": "sse9", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert said.stdout.startswith("False") and "sse9" in said.stdout and "avx2" in said.stdout
+
+
+@pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
+@pytest.mark.parametrize("level", ("generic", "avx512"))
+def test_under_sanitizers(level, tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or not runs_here(level):
+        pytest.skip(f"no sanitizer looked at the {level} kernels: no g++, or the CPU lacks the instructions")
+    flags = {"generic": [], "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma".split()}[level]
+    common = [compiler, "-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common += ["-DINHERIT_KERNELS_POISON", "-DINHERIT_KERNELS_ISA=under_test", f"-I{ROOT}/csrc/include"]
+    kernels, program = tmp_path / "kernels.o", tmp_path / "program"
+    build = [
+        [*common, *flags, "-c", f"{ROOT}/csrc/cpu/microkernels.cpp", "-o", f"{kernels}"],
+        [*common, f"{ROOT}/tests/native/sanitize_kernels.cpp", f"{kernels}", "-pthread", "-o", f"{program}"],
+    ]
+    for command in build:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and "fsanitize" in done.stderr:
+            pytest.skip(f"no sanitizer looked at the kernels: {done.stderr.splitlines()[0]}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
