@@ -91,7 +91,8 @@ def test_plan_from_a_shell(folder: Path) -> None:
     assert "22 of 22 layers factorised" in done.stdout
     assert "whole model: 54,780 of 278,324 parameters (19.7%)" in done.stdout
     assert not any(line.endswith(" ") for line in done.stdout.splitlines())
-    assert done.stderr.count("\n") == 1 and "no --weights" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "no --weights" in done.stderr
 
 
 def test_plan_is_written_and_followed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +125,8 @@ def test_convert_train_eval_bench(folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["bench", "trained", "--input", "1x8x8", "--batch", "1", "3", "--seconds", "0.01"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     medians = [float(line[-4]) for line in lines if line and line[0] in ("dense", "inherited", "published")]
-    assert len(medians) == 6 and min(medians) > 0
+    assert len(medians) == 6
+    assert min(medians) > 0
 
 
 def test_own_architecture_needs_trust(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +170,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("line, words", WRONG, ids=[line or "nothing" for line, _ in WRONG])
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
 def test_wrong_input_is_one_line_and_status_2(
     folder: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
 ) -> None:
@@ -178,7 +180,8 @@ def test_wrong_input_is_one_line_and_status_2(
     assert main(line.split()) == 2
     errors = [e for e in capsys.readouterr().err.splitlines() if not e.startswith("note:")]
     assert len(errors) == 1
-    assert errors[0].startswith("inhernet: error: ") and words in errors[0]
+    assert errors[0].startswith("inhernet: error: ")
+    assert words in errors[0]
 
 
 def test_weights_of_another_network_name_the_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +204,7 @@ def test_missing_extra_names_the_command(folder: Path, capsys: pytest.CaptureFix
     assert "pip install 'inherit-kernels[demo]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str], number: int, status: int) -> None:
     converted(folder, "--rank", "2")
     train = ["train", "student", "--teacher", "mine:tiny", "--data", "mine:slow", "--epochs", "1"]
@@ -217,7 +220,8 @@ def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     run.send_signal(number)
     message = run.communicate(timeout=60)[1]
     assert run.returncode == status
-    assert "Traceback" not in message and "the same command goes on from there" in message
+    assert "Traceback" not in message
+    assert "the same command goes on from there" in message
     _, plain = load_state(state)
     assert 0 < plain["position"] < 80
     assert main(train[:-1] + ["2"]) == 2  # another schedule is another run
@@ -236,10 +240,15 @@ def _handles(pid: int, number: int) -> bool:
 
 
 def test_a_closed_pipe_is_no_error(folder: Path) -> None:
-    command = f"{sys.executable} -m inhernet plan inhernet.models:resnet110 --rank 4 2>err | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = (
+        f"{sys.executable} -m inhernet plan inhernet.models:resnet110 --rank 4 2>err | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
-    assert "Traceback" not in (folder / "err").read_text() and "Broken" not in (folder / "err").read_text()
+    assert "Traceback" not in (folder / "err").read_text()
+    assert "Broken" not in (folder / "err").read_text()
 
 
 def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
@@ -255,13 +264,16 @@ def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
         except OSError:  # the other end is closed
             break
     assert run.wait(60) == 0
-    assert "━".encode() in shown and b"epoch 5/5" in shown
+    assert "━".encode() in shown
+    assert b"epoch 5/5" in shown
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert torch.__version__ in shown and "native library" in shown and "extra [hf]" in shown
+    assert torch.__version__ in shown
+    assert "native library" in shown
+    assert "extra [hf]" in shown
 
 
 def test_help_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

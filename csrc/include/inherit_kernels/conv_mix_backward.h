@@ -127,7 +127,7 @@ class MixBackwardPass {
       return MixState(k_, weights_.get(), nullptr, 0, s_.heads, s_.rank, s_.out, a_.channels_last);
     };
     double work = 2.0 * s_.batch * s_.positions * s_.out * s_.rank;
-    int64_t block = a_.channels_last ? kImageRows : k_.nr;
+    int64_t block = a_.channels_last ? kImageRows : position_block(k_, s_.rank);
     over_positions(runtime_, s_, block, work, make_state, [&](MixState& state, int64_t b, int64_t p0, int64_t count) {
       state.weights.select(b, g_.get() + b * ld_gate_);
       const float* ds = ds_.get() + b * ld_rank_;
@@ -139,7 +139,7 @@ class MixBackwardPass {
         multiply_positions(k_, state.weights.rows(), s_.rank, s_.out, image(a_.dz, b), p0, count, ds,
                            state.scratch.get(), state.c.get());
         void* out = element(a_.dt, a_.dtype, b * s_.rank * s_.positions + p0);
-        k_.store(state.c.get(), k_.nr, s_.rank, count, out, a_.dtype, s_.positions);
+        k_.store(state.c.get(), round_up(count, k_.nr), s_.rank, count, out, a_.dtype, s_.positions);
       }
     });
   }

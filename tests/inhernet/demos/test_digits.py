@@ -44,7 +44,8 @@ def test_demo_runs_and_the_model_survives_a_new_process(finished: tuple[Path, in
     for heads in ("1 head", "3 heads"):
         row = figures[f"inherited 45%, {heads}"]
         assert 0.44 < row["parameters"] / teacher["parameters"] <= 0.45
-        assert len(row["history"]) == 2 and set(row["latency"]) == {"1", "64"}
+        assert len(row["history"]) == 2
+        assert set(row["latency"]) == {"1", "64"}
     inherited = figures["inherited 45%, 1 head"]
     assert abs(student["parameters"] / inherited["parameters"] - 1) <= 0.02
     # What the demo is about: without training the inherited network is far ahead of where the student starts, and
@@ -63,7 +64,9 @@ def test_results_are_written(finished: tuple[Path, int]) -> None:
     assert set(load_file(directory / "teacher.safetensors")) >= {"conv1.weight", "fc.bias"}
 
 
-def test_a_changed_model_is_noticed(finished: tuple[Path, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_model_is_noticed(
+    finished: tuple[Path, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     source, _ = finished
     recorded = load_file(source / "outputs.safetensors")
     (tmp_path / "model").symlink_to(source / "model")
@@ -77,21 +80,25 @@ def test_a_changed_model_is_noticed(finished: tuple[Path, int], tmp_path: Path, 
 
 def test_splits_are_fixed_stratified_and_disjoint() -> None:
     first, again, other = digits(0), digits(0), digits(1)
-    assert torch.equal(first.test.x, again.test.x) and not torch.equal(first.test.x, other.test.x)
+    assert torch.equal(first.test.x, again.test.x)
+    assert not torch.equal(first.test.x, other.test.x)
     sizes = [len(part.x) for part in (first.calibration, first.val, first.test)]
     assert sizes == [1257, 180, 360]
     rows = {tuple(image.flatten().tolist()) for part in (first.calibration, first.val, first.test) for image in part.x}
     assert len(rows) == 1797
     shares = torch.bincount(first.test.y, minlength=10)
-    assert int(shares.min()) >= 34 and int(shares.max()) <= 38
+    assert int(shares.min()) >= 34
+    assert int(shares.max()) <= 38
 
 
 def test_training_images_are_distorted_and_the_rest_is_not() -> None:
     data = digits(0)
     torch.manual_seed(0)
     x, y = next(iter(data.train))
-    assert x.shape == (64, 1, 8, 8) and y.shape == (64,)
-    assert x.min() >= -1.0001 and x.max() <= 1.0001
+    assert x.shape == (64, 1, 8, 8)
+    assert y.shape == (64,)
+    assert x.min() >= -1.0001
+    assert x.max() <= 1.0001
     assert torch.equal(torch.cat([x for x, _ in data.test]), data.test.x)
     still = distort(data.test.x)
     change = (still - data.test.x).abs().mean()
@@ -108,8 +115,11 @@ def test_images_cover_every_row_once_per_pass() -> None:
 def test_epochs_to_reach() -> None:
     history = [{"epoch": i, "kl": kl} for i, kl in enumerate((0.5, 0.2, 0.3, 0.1))]
     row = Row("x", torch.nn.Identity(), history, None, 0, 0, 0.0)
-    assert epochs_to_reach(row, 0.2) == 1 and epochs_to_reach(row, 0.15) == 3 and epochs_to_reach(row, 0.05) is None
-    assert row.best == history[3] and replace(row, best_epoch=1).best == history[1]
+    assert epochs_to_reach(row, 0.2) == 1
+    assert epochs_to_reach(row, 0.15) == 3
+    assert epochs_to_reach(row, 0.05) is None
+    assert row.best == history[3]
+    assert replace(row, best_epoch=1).best == history[1]
 
 
 def test_missing_matplotlib_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

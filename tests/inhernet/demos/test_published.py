@@ -21,18 +21,19 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("heads, gate", [(1, None), (1, True), (3, None)])
+@pytest.mark.parametrize(("heads", "gate"), [(1, None), (1, True), (3, None)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}])
 def test_convolution(heads: int, gate: bool | None, bias: bool, options: dict) -> None:
     module = randomised(from_dense(nn.Conv2d(3, 8, 3, bias=bias, **options), 4, heads=heads, gate=gate))
     x = torch.randn(4, 3, 9, 9)
     restated = published(nn.Sequential(module))
-    assert isinstance(restated[0], PublishedConv2d) and len(restated[0].ups) == heads
+    assert isinstance(restated[0], PublishedConv2d)
+    assert len(restated[0].ups) == heads
     torch.testing.assert_close(restated(x), module(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("heads, gate", [(1, None), (1, True), (3, None)])
+@pytest.mark.parametrize(("heads", "gate"), [(1, None), (1, True), (3, None)])
 @pytest.mark.parametrize("shape", [(5, 8), (2, 7, 8)])
 def test_linear(heads: int, gate: bool | None, shape: tuple[int, ...]) -> None:
     module = randomised(from_dense(nn.Linear(8, 6), 4, heads=heads, gate=gate))

@@ -31,7 +31,8 @@ def test_kd_loss_is_the_divergence_from_the_teacher(shape: tuple[int, ...], temp
 def test_kd_loss_ignores_constants_and_sends_no_gradient_to_the_teacher() -> None:
     z, t = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
     kd_loss(z, t + 5.0, 2.0).backward()
-    assert z.grad is not None and z.grad.abs().max() > 0
+    assert z.grad is not None
+    assert z.grad.abs().max() > 0
     assert t.grad is None
     assert torch.allclose(kd_loss(z, t + 5.0), kd_loss(z, t), atol=1e-6)
     assert float(kl_to_teacher(z, z).detach()) == pytest.approx(0.0, abs=1e-7)
@@ -53,7 +54,9 @@ def test_empty_batch_costs_nothing() -> None:
     assert float(kd_loss(torch.empty(0, 5), torch.empty(0, 5))) == 0.0
 
 
-@pytest.mark.parametrize(("name", "ce", "kd", "temperature"), [("published", 0.1, 9, 2), ("published-demo", 0.3, 0.7, 7)])
+@pytest.mark.parametrize(
+    ("name", "ce", "kd", "temperature"), [("published", 0.1, 9, 2), ("published-demo", 0.3, 0.7, 7)]
+)
 def test_published_objectives(name: str, ce: float, kd: float, temperature: float) -> None:
     z, t, y = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
     expected = ce * F.cross_entropy(z, y).double() + kd * by_hand(z, t, temperature)

@@ -117,9 +117,15 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path, name: 
 def test_signal_saves_and_handlers_come_back(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
-        train(small_net(), TrainConfig(epochs=2), checkpoint_dir=tmp_path, teacher=teacher_net(),
-              forward=stop_after(2, number))
-    assert caught.value.signum == number and (tmp_path / FILE).exists()
+        train(
+            small_net(),
+            TrainConfig(epochs=2),
+            checkpoint_dir=tmp_path,
+            teacher=teacher_net(),
+            forward=stop_after(2, number),
+        )
+    assert caught.value.signum == number
+    assert (tmp_path / FILE).exists()
     assert signal.getsignal(number) is before
     _, plain = load_state(tmp_path)
     assert (plain["epoch"], plain["position"]) == (0, 2)
@@ -130,7 +136,8 @@ def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     config = TrainConfig(epochs=2)
     train(first, config, teacher=teacher_net(), checkpoint_dir=tmp_path)
     result = train(second, config, teacher=teacher_net(), checkpoint_dir=tmp_path, forward=lambda *_: 1 / 0)
-    assert same(first, second) and len(result.history) == 3
+    assert same(first, second)
+    assert len(result.history) == 3
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -170,7 +177,8 @@ def test_teacher_is_untouched_and_in_eval_mode() -> None:
     assert same(teacher, before)
     assert [module.training for module in teacher.modules()] == flags
     assert all(parameter.grad is None and parameter.requires_grad for parameter in teacher.parameters())
-    assert set(seen) == {(False, True)} and len(seen) == 10
+    assert set(seen) == {(False, True)}
+    assert len(seen) == 10
 
 
 def test_every_epoch_trains_in_train_mode_though_validation_does_not() -> None:
@@ -246,14 +254,17 @@ def test_best_weights_survive_an_interruption(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(nets[1], config, forward=stop_after(7, signal.SIGTERM), **options)
     result = train(nets[2], config, **(options | {"validate": validate([2, 3])}))
-    assert result.best_epoch == 1 and same(nets[0], nets[2])
+    assert result.best_epoch == 1
+    assert same(nets[0], nets[2])
 
 
 def test_schedule_rises_and_falls() -> None:
     config = TrainConfig(lr=1.0, warmup=0.2)
     rates = [learning_rate(step, 100, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.05) and rates[19] == pytest.approx(1.0) == pytest.approx(max(rates))
-    assert rates[60] == pytest.approx(0.5) and rates[100] == pytest.approx(0.0)
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[19] == pytest.approx(1.0) == pytest.approx(max(rates))
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
     assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
 
 
@@ -276,7 +287,8 @@ def test_the_callers_generator_is_left_alone_and_the_seed_decides() -> None:
         random.seed(0), numpy.random.seed(0)
         train(net, TrainConfig(epochs=1, seed=seed), teacher=teacher_net_without_drawing())
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
+    assert same(nets[0], nets[1])
+    assert not same(nets[0], nets[2])
 
 
 def teacher_net_without_drawing() -> nn.Module:

@@ -136,6 +136,8 @@ def test_bias_rule(heads, gate):
         (nn.Linear(4, 4), {"rank": 5}, ValueError, "rank is 5, expected 1 to 4"),
         (nn.Linear(4, 4), {"rank": 0}, ValueError, "rank is 0"),
         (nn.Linear(4, 4), {"heads": 0, "gate": True}, ValueError, "heads is 0"),
+        (nn.Linear(4, 4), {"heads": 2, "noise": -0.1}, ValueError, "noise is -0.1"),
+        (nn.Linear(4, 4), {"heads": 2, "noise": float("nan")}, ValueError, "noise is nan"),
         (nn.Linear(4, 4), {"heads": 2, "gate": False}, ValueError, "heads is 2 and gate is False"),
         (nn.Linear(4, 4), {"factors": (torch.ones(3, 4), torch.ones(4, 3))}, ValueError, r"down has shape \(3, 4\)"),
         (nn.Linear(4, 4), {"factors": (torch.ones(2, 4), torch.ones(5, 2))}, ValueError, r"up has shape \(5, 2\)"),

@@ -1,0 +1,61 @@
+"""InherNet's front end: plan, convert, verify, save and load low-rank networks that inherit a teacher's weights.
+
+Names are imported on first use, so that `import inhernet` costs nothing but the dictionary below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import models, nn
+    from .checkpoint import load, save
+    from .config import EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
+    from .decompose import Plan, inherit, plan, summary, verify
+
+_HOME = {
+    "InheritConfig": "config",
+    "UniformRank": "config",
+    "UniformRatio": "config",
+    "EnergyBudget": "config",
+    "ParamBudget": "config",
+    "Plan": "decompose",
+    "plan": "decompose",
+    "inherit": "decompose",
+    "verify": "decompose",
+    "summary": "decompose",
+    "save": "checkpoint",
+    "load": "checkpoint",
+}
+
+__all__ = [
+    "EnergyBudget",
+    "InheritConfig",
+    "ParamBudget",
+    "Plan",
+    "UniformRank",
+    "UniformRatio",
+    "inherit",
+    "load",
+    "models",
+    "nn",
+    "plan",
+    "save",
+    "summary",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("models", "nn"):
+        return import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,315 @@
+"""Save and load an inherited model: `config.json`, `plan.json`, `model.safetensors`, and no code.
+
+`config.json` names how the dense architecture is built and which tensors are tied, `plan.json` says which layers are
+low-rank and how, `model.safetensors` holds parameters and buffers. The teacher is not needed to load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import inherit_kernels
+
+from . import architecture, atomic
+from .decompose import Plan
+from .nn import LowRankModule, empty_like_dense
+
+FORMAT_VERSION = 1
+CONFIG, PLAN, WEIGHTS = "config.json", "plan.json", "model.safetensors"
+_OURS = {CONFIG, PLAN, WEIGHTS}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LIMIT = 64 * 2**20  # bytes of JSON; a plan of a thousand layers has 0.5 MB
+
+
+def save(
+    model: nn.Module,
+    dir: str | os.PathLike[str],
+    factory: str | Callable[..., nn.Module] | None = None,
+    args: dict[str, Any] | None = None,
+) -> None:
+    """Write a model to a directory, atomically: killed at any moment it leaves the previous version or the new one.
+
+    Args:
+        model: made by `inhernet.inherit`, or a dense model. It is not changed.
+        dir: created (parents too), or replaced if it holds an earlier save and nothing else.
+        factory: what builds the dense architecture: a top-level function or "package.module.function". None for the
+            models of `inhernet.models` and of transformers, which know it themselves.
+        args: the factory's keyword arguments, plain data.
+
+    Raises:
+        ValueError: nothing says how the model is built; the directory holds other files; low-rank modules that the
+            plan does not list. TypeError: an argument or a state entry that is not plain data or a tensor.
+
+    Example:
+        >>> save(inhernet.models.resnet20(num_classes=10), "student")  # doctest: +SKIP
+    """
+    name, arguments = architecture.describe(model, factory, args)
+    plan = _checked_plan(model)
+    tensors, ties = _unique_tensors(model)
+    target = Path(os.path.realpath(dir))
+    _refuse_foreign(target)
+    config = {
+        "format": "inhernet",
+        "version": FORMAT_VERSION,
+        "inhernet": inherit_kernels.__version__,
+        "torch": str(torch.__version__),
+        "factory": name,
+        "args": arguments,
+        "ties": ties,
+    }
+
+    def write(directory: Path) -> None:
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if plan is not None:
+            (directory / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic.replace_directory(target, write)
+
+
+def load(
+    dir: str | os.PathLike[str],
+    factory: Callable[..., nn.Module] | None = None,
+    trust: Sequence[str] = (),
+) -> nn.Module:
+    """Read a model that `save` wrote: on the CPU, in eval mode, without the teacher.
+
+    No file of the directory runs code. Without consent it may only name a function of `inhernet.models` or a
+    configuration class of transformers.
+
+    Args:
+        dir: the directory.
+        factory: your own function that builds the dense architecture; it gets the saved arguments.
+        trust: packages whose functions the directory may name, such as `("mypackage.",)`. Importing one runs it.
+
+    Raises:
+        FileNotFoundError: no directory, or a file of it is missing.
+        ValueError: a file is damaged, escapes the directory or is a pickle; a factory that is not allowed; missing,
+            extra or misshapen tensors (the key is named).
+
+    Example:
+        >>> model = load("student")  # doctest: +SKIP
+    """
+    directory, config, plan_text, tensors = _read_consistently(Path(dir))
+    name, args = config["factory"], config["args"]
+    model = architecture.build(name, args, factory, trust)
+    plan = None
+    if plan_text is not None:
+        plan = _parse(lambda: Plan.from_json(plan_text), directory / PLAN)
+        model = _swap_layers(model, plan, directory / PLAN)
+    _assign(model, tensors, config["ties"], directory)
+    model.__dict__["inhernet_factory"] = (name, args)
+    if plan is not None:
+        model.inhernet_plan = plan
+    return model.eval()
+
+
+def _checked_plan(model: nn.Module) -> Any:
+    """The model's plan, after a look that it describes the modules that are really there."""
+    plan = getattr(model, "inhernet_plan", None)
+    present = {name: m for name, m in model.named_modules() if isinstance(m, LowRankModule)}
+    planned = {} if plan is None else {layer.name: layer for layer in plan.layers if layer.reason is None}
+    if set(present) != set(planned):
+        odd = sorted(set(present) ^ set(planned))[0]
+        where = "is low-rank in the model but not in its plan" if odd in present else "is in the plan but not low-rank"
+        raise ValueError(f"layer {odd!r} {where}; convert with inhernet.inherit, which keeps both in step")
+    for name, module in present.items():
+        layer = planned[name]
+        if (module.rank, module.heads, module.gated) != (layer.rank, layer.heads, layer.gate):
+            raise ValueError(
+                f"layer {name!r} has rank {module.rank}, {module.heads} heads, gate {module.gated}, but the plan says "
+                f"rank {layer.rank}, {layer.heads} heads, gate {layer.gate}; edit the plan and convert again"
+            )
+    return plan
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State tensors with every tied one stored once, and the map from the other names to the stored one."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state entry {name!r} is {type(value).__name__}, expected a tensor: no pickle is written")
+        if value.is_meta:
+            raise ValueError(f"tensor {name!r} is on the meta device and has no values to save")
+        place = id(value) if value.numel() == 0 else (value.device, value.data_ptr(), value.shape, value.stride())
+        if place in seen:
+            ties[name] = seen[place]
+            continue
+        seen[place] = name
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # Views of one storage that are not the same tensor (slices of a fused weight) are stored apart.
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors, ties
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"dir {target} is a file, expected a directory")
+    others = sorted({path.name for path in target.iterdir()} - _OURS) if target.is_dir() else []
+    if others:
+        raise ValueError(
+            f"dir {target} holds other files ({', '.join(others[:3])}); a save replaces the whole directory, "
+            "so give it one of its own"
+        )
+
+
+def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, dict[str, Tensor]]:
+    """Read all files of one version, even if another process swaps the directory meanwhile."""
+    target = Path(os.path.realpath(path))
+    for attempt in range(10):
+        directory = atomic.readable(target)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"dir {path} is not a directory")
+        before = directory.stat().st_ino
+        try:
+            content = directory, _read_config(directory), _read_plan(directory), _read_tensors(directory)
+        except FileNotFoundError:
+            if attempt == 9 or _inode(directory) == before:
+                raise
+            continue
+        if _inode(directory) == before:
+            return content
+    raise ValueError(f"dir {path} is replaced faster than it can be read")
+
+
+def _inode(directory: Path) -> int | None:
+    try:
+        return directory.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a regular file that lies in the directory."""
+    path = directory / name
+    if not path.exists() and not path.is_symlink():
+        raise FileNotFoundError(f"{path} is missing")
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(directory):
+        raise ValueError(f"{path} is a link that leaves the directory (to {real}); copy the file into it")
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return real
+
+
+def _read_json(path: Path) -> str:
+    if path.stat().st_size > _LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {_LIMIT} that are read")
+    return _parse(lambda: path.read_bytes().decode("utf-8"), path)
+
+
+def _parse(read: Callable[[], Any], path: Path) -> Any:
+    try:
+        return read()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not what it should be: {error}") from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = _inside(directory, CONFIG)
+    text = _read_json(path)
+    config = _parse(lambda: json.loads(text, parse_constant=_refuse_constant), path)
+    if not isinstance(config, dict) or config.get("format") != "inhernet":
+        raise ValueError(f'{path} does not say "format": "inhernet"; it is not a directory written by inhernet.save')
+    if config.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has version {config.get('version')!r}, expected {FORMAT_VERSION}; update inhernet")
+    for key, kind in (("factory", str), ("args", dict), ("ties", dict)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{path}: {key!r} is {config.get(key)!r}, expected {kind.__name__}")
+    return config
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _read_plan(directory: Path) -> str | None:
+    path = directory / PLAN
+    return _read_json(_inside(directory, PLAN)) if path.exists() or path.is_symlink() else None
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    if not (directory / WEIGHTS).exists():
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise ValueError(
+                f"{directory} has {pickles[0]} but no {WEIGHTS}: a pickle can run code and is never read; "
+                "convert it to safetensors where you trust it"
+            )
+    path = _inside(directory, WEIGHTS)
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _swap_layers(model: nn.Module, plan: Any, path: Path) -> nn.Module:
+    """Put empty low-rank modules where the plan has them; the name "" is the model itself."""
+    for layer in plan.layers:
+        if layer.reason is not None:
+            continue
+        try:
+            dense = model.get_submodule(layer.name)
+            module = empty_like_dense(
+                dense,
+                layer.rank,
+                heads=layer.heads,
+                gate=layer.gate,
+                head_bias="always" if layer.head_bias else "source",
+            )
+            if not layer.name:
+                return module
+            parent, _, child = layer.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{path}: layer {layer.name!r} does not fit the architecture: {error}") from error
+    return model
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str, Any], directory: Path) -> None:
+    """Check every key and shape, hand the tensors to the model without a copy, then tie again."""
+    for name, source in ties.items():
+        if name in tensors or not isinstance(source, str) or source not in tensors:
+            raise ValueError(f"{directory / CONFIG}: tie {name!r} to {source!r}, expected a new name and a stored one")
+        tensors[name] = tensors[source]
+    expected = model.state_dict()
+    path = directory / WEIGHTS
+    _refuse_keys(path, "lacks", expected.keys() - tensors.keys())
+    _refuse_keys(path, "has the unexpected", tensors.keys() - expected.keys())
+    for name, wanted in expected.items():
+        found = tensors[name]
+        if found.shape != wanted.shape:
+            raise ValueError(f"{path}: {name!r} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        if found.is_floating_point() != wanted.is_floating_point() or found.is_complex() != wanted.is_complex():
+            raise ValueError(f"{path}: {name!r} has dtype {found.dtype}, expected one like {wanted.dtype}")
+    model.load_state_dict(tensors, assign=True)
+    for name, source in ties.items():
+        _tie(model, name, source)
+
+
+def _refuse_keys(path: Path, what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{path} {what} key {', '.join(map(repr, names[:3]))}{more}")
+
+
+def _tie(model: nn.Module, name: str, source: str) -> None:
+    (parent, _, child), (origin, _, key) = name.rpartition("."), source.rpartition(".")
+    setattr(model.get_submodule(parent), child, getattr(model.get_submodule(origin), key))

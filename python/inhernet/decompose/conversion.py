@@ -1,0 +1,175 @@
+"""`inherit`: a new model whose planned layers are low-rank modules filled from the teacher."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import InheritConfig
+from ..console import progress
+from ..nn import LowRankModule, empty_like_dense, fill_published_, from_dense
+from .batches import batch_size, call, device_of, model_inputs, reusable, undisturbed
+from .calibration import collect_moments
+from .factorise import random_factors
+from .layers import LayerPlan
+from .planning import factors_of, missing_moments, plan
+from .plans import Plan, weights_hash
+
+
+def inherit(
+    teacher: nn.Module,
+    plan_or_config: Plan | InheritConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    output_fn: Callable[[Any], Any] | None = None,
+    *,
+    check_hash: bool = True,
+) -> nn.Module:
+    """Convert a teacher. The teacher is untouched; the result keeps its device, dtypes, flags and module names.
+
+    Args:
+        teacher: the trained model.
+        plan_or_config: a `Plan` (its ranks are followed to the letter), or a configuration, which is planned first.
+        calibration: batches as for `plan`. Needed when a configuration or a plan without statistics asks for
+            "activation" or "fisher". BatchNorm statistics are re-estimated from these batches, or from those the plan
+            was made with while it is still in memory (on the digits network: 51–73 % → 95 % before any training).
+        output_fn: as for `plan`; used only where statistics are collected here.
+        check_hash: refuse a plan made for other weights.
+
+    Returns:
+        A new model with attribute `inhernet_plan`, the plan without its statistics.
+
+    Raises:
+        ValueError: the plan is for other weights, was edited into something impossible, or lacks statistics.
+
+    Example:
+        >>> from inhernet import UniformRank
+        >>> model = inherit(nn.Sequential(nn.Linear(64, 64)), InheritConfig(budget=UniformRank(8)))
+        >>> model[0].down.shape
+        torch.Size([8, 64])
+    """
+    calibration = None if calibration is None else reusable(calibration)
+    if isinstance(plan_or_config, Plan):
+        result = plan_or_config
+        _check(result, teacher, check_hash)
+        _complete(result, teacher, calibration, output_fn)
+    else:
+        result = plan(teacher, plan_or_config, calibration, output_fn)
+    model = copy.deepcopy(teacher)
+    for layer in result.factorised:
+        model = _replace(model, layer.name, _module(model.get_submodule(layer.name), layer, result, teacher))
+    batches = result.calibration if calibration is None else calibration
+    if batches is not None and result.factorised:
+        reestimate_batchnorm(model, batches)
+    setattr(model, "inhernet_plan", result.bare())  # noqa: B010  (mypy takes a plain assignment for a tensor)
+    return model
+
+
+def _check(result: Plan, teacher: nn.Module, check_hash: bool) -> None:
+    result.check()
+    if check_hash and weights_hash(teacher) != result.teacher_hash:
+        raise ValueError(
+            "plan: teacher_hash does not match the teacher's weights: the plan was made for another model or another "
+            "state of it; plan again, or pass check_hash=False if the ranks are meant for these weights"
+        )
+    modules = dict(teacher.named_modules())
+    for layer in result.factorised:
+        module = modules.get(layer.name)
+        found = (
+            None if not isinstance(module, (nn.Linear, nn.Conv2d)) else (len(module.weight), module.weight[0].numel())
+        )
+        if found != layer.shape:
+            raise ValueError(f"plan: layer {layer.name!r} has shape {layer.shape}, but the teacher has {found} there")
+
+
+def _complete(
+    result: Plan, teacher: nn.Module, calibration: Iterable[Any] | None, output_fn: Callable[[Any], Any] | None
+) -> None:
+    """Collect what the plan's layers need and the plan does not carry."""
+    lacking = {layer.name: missing_moments(layer, result.statistics) for layer in result.factorised}
+    lacking = {name: sentence for name, sentence in lacking.items() if sentence}
+    if not lacking:
+        return
+    if calibration is None:
+        name, sentence = next(iter(lacking.items()))
+        raise ValueError(f"plan carries no statistics for {len(lacking)} layers, first {name!r}: {sentence}")
+    config = result.config
+    collected = collect_moments(
+        teacher,
+        [(name, result[name].init) for name in lacking],
+        calibration,
+        output_fn=output_fn,
+        projections=config.projections,
+        seed=config.seed,
+    )
+    for (name, _), moments in collected.items():
+        if not moments.reached:
+            raise ValueError(
+                f"layer {name!r}: the calibration data does not reach it; set its rank to None or its init to 'svd'"
+            )
+    result.statistics = {**(result.statistics or {}), **collected}
+
+
+def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> LowRankModule:
+    # A seed per name: a layer's numbers do not depend on which others are converted.
+    generator = torch.Generator().manual_seed(result.config.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
+    rank = layer.rank or 1  # never None here: only factorised layers come
+    form: dict[str, Any] = {
+        "heads": layer.heads,
+        "gate": layer.gate,
+        "head_bias": "always" if layer.head_bias else "source",
+    }
+    if layer.init == "published":
+        return fill_published_(empty_like_dense(dense, rank, **form), dense, generator)
+    if layer.init == "random":
+        factors = random_factors(dense.weight.flatten(1), rank, generator)
+    else:
+        factors = factors_of(result, teacher, layer).take(rank)
+    return from_dense(dense, rank, factors=factors, noise=result.config.noise, generator=generator, **form)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, calibration: Iterable[Any]) -> int:
+    """Recompute the running statistics of every BatchNorm in one pass, in place; returns how many there are.
+
+    Each batch counts by its size, dropout stays off, momentum, flags and batch counters are restored on any exit.
+    """
+    norms: list[Any] = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    if not norms:
+        return 0
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    device, seen = device_of(model), 0
+    calibration = reusable(calibration)
+    with undisturbed(model), torch.inference_mode(False), progress("BatchNorm") as bar:
+        try:
+            for norm in norms:
+                norm.train()
+            for batch in calibration:
+                inputs = model_inputs(batch, device)
+                size = batch_size(inputs)
+                seen += size
+                for norm in norms:
+                    norm.momentum = size / seen
+                call(model, inputs)
+                bar.advance()
+        finally:
+            for norm, (momentum, counter) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(counter)
+    if not seen:
+        raise ValueError("calibration yielded no batches (or only empty ones); expected at least one")
+    return len(norms)

@@ -1,0 +1,127 @@
+"""What is known of one layer before and after planning: its shape, what it costs, and why it stays dense."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class LayerPlan:
+    """The decision about one layer; `rank` may be edited (an int, or None to keep it dense).
+
+    `kind`: "linear" or "conv2d". `shape`: `(N, K)`, K = C·kh·kw for a convolution. `bias`: whether the dense layer has
+    one; `head_bias`: whether each head gets one. `fixed`: the layer cannot be factorised at all. `why_dense` explains a
+    rank of None. `kept`: share of the squared singular values (in the initialisation's weighting) the rank keeps, where
+    known.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    bias: bool
+    kernel_size: tuple[int, int] | None = None
+    rank: int | None = None
+    heads: int = 1
+    gate: bool = False
+    head_bias: bool = False
+    init: str = "svd"
+    fixed: bool = False
+    selected: bool = False
+    why_dense: str | None = None
+    kept: float | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """None if the layer is factorised, else why it stays dense."""
+        return None if self.rank is not None else self.why_dense or "kept dense by hand"
+
+    @property
+    def dense_params(self) -> int:
+        """`N·K`, plus N for a bias."""
+        return self.shape[0] * self.shape[1] + (self.shape[0] if self.bias else 0)
+
+    def cost(self, rank: int) -> int:
+        """Parameters at a rank: `R·K + H·N·R`, the gate's `H·R + H`, the heads' biases `H·N`."""
+        return self.fixed_cost + rank * self.rank_cost
+
+    @property
+    def rank_cost(self) -> int:
+        rows, columns = self.shape
+        return columns + self.heads * rows + (self.heads if self.gate else 0)
+
+    @property
+    def fixed_cost(self) -> int:
+        rows, heads = self.shape[0], self.heads
+        return (heads if self.gate else 0) + (heads * rows if self.head_bias else 0)
+
+    @property
+    def params(self) -> int:
+        return self.dense_params if self.rank is None else self.cost(self.rank)
+
+    @property
+    def break_even(self) -> int:
+        """The smallest rank that saves nothing: `cost(rank) >= dense_params`."""
+        return max(0, -(-(self.dense_params - self.fixed_cost) // self.rank_cost))
+
+    def largest_rank(self, params: float) -> int:
+        """The largest rank whose cost is at most `params` (0 if none is)."""
+        return max(0, math.floor((params - self.fixed_cost) / self.rank_cost))
+
+    def limit(self, guard: bool) -> int:
+        """Ranks must stay below this: min(N, K), and the break-even rank where it is guarded."""
+        return min(*self.shape, self.break_even) if guard else min(self.shape)
+
+    def refusal(self, rank: int, guard: bool) -> str | None:
+        """Why this rank makes no sense for the layer, or None."""
+        if rank >= min(self.shape):
+            return f"rank {rank} >= min(N, K) = {min(self.shape)}: nothing is factorised"
+        if guard and rank >= self.break_even:
+            counts = f"{self.cost(rank):,} parameters against {self.dense_params:,}"
+            return f"rank {rank} >= break-even {self.break_even}: {counts}"
+        return None
+
+    def keep_dense(self, why: str, fixed: bool = False) -> LayerPlan:
+        self.rank, self.why_dense, self.fixed = None, why, fixed
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["shape"] = list(self.shape)
+        data["kernel_size"] = None if self.kernel_size is None else list(self.kernel_size)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
+        """The inverse of `to_dict`. Raises ValueError naming the layer and the field."""
+        name = data.get("name")
+        known = {f.name for f in fields(cls)}
+        for key in set(data) ^ known:
+            what = "is missing" if key in known else "is unknown"
+            raise ValueError(f"plan, layer {name!r}: field {key!r} {what}; expected exactly {', '.join(sorted(known))}")
+        values = {**data, "shape": tuple(data["shape"])}
+        if data["kernel_size"] is not None:
+            values["kernel_size"] = tuple(data["kernel_size"])
+        layer = cls(**values)
+        layer.check()
+        return layer
+
+    def check(self, guard: bool = False) -> None:
+        """Raise ValueError if an edit made the layer impossible; `guard` also refuses ranks above break-even."""
+        where = f"plan, layer {self.name!r}"
+        if self.kind not in ("linear", "conv2d"):
+            raise ValueError(f"{where}: kind is {self.kind!r}, expected 'linear' or 'conv2d'")
+        if not isinstance(self.heads, int) or self.heads < 1:
+            raise ValueError(f"{where}: heads is {self.heads!r}, expected an integer of at least 1")
+        if self.heads > 1 and not self.gate:
+            raise ValueError(f"{where}: gate is {self.gate!r} with {self.heads} heads; several heads need a gate")
+        if self.rank is None:
+            return
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"{where}: rank is {self.rank!r}, expected None (dense) or an integer of at least 1")
+        if self.fixed:
+            raise ValueError(f"{where}: rank is {self.rank}, but the layer cannot be factorised: {self.why_dense}")
+        problem = self.refusal(self.rank, guard)
+        if problem:
+            raise ValueError(f"{where}: {problem}; choose a smaller rank, or None to keep it dense")

@@ -1,0 +1,240 @@
+"""The plan: every layer with its rank or its reason, editable, on disk as JSON beside the moments it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import InheritConfig
+from .calibration import Key
+from .factorise import Factors, Moments
+from .layers import LayerPlan
+from .text import share, text_table
+
+PLAN_VERSION = 1
+PLAN_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the parameters (buffers may drift, weights may not)."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        digest.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())
+        data = parameter.detach().cpu().contiguous().reshape(-1)
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass
+class Plan:
+    """What `inherit` will do, layer by layer. Nothing has been changed yet.
+
+    `plan["encoder.layer.0.output.dense"].rank = 16` edits a layer (None keeps it dense); `print(plan)` shows the table;
+    `save`/`load` carry it, with the calibration's second moments, to another process. `teacher_hash` ties it to the
+    weights it was made for. `model_params` counts the whole dense model. `matches` says how many layers each pattern
+    hit.
+    """
+
+    layers: list[LayerPlan]
+    config: InheritConfig
+    teacher_hash: str
+    model_params: int
+    matches: dict[str, int] = field(default_factory=dict)
+    statistics: dict[Key, Moments] | None = None
+    # In memory only: factors already computed, and the batches BatchNorm is re-estimated from.
+    factors: dict[str, tuple[str, Factors]] = field(default_factory=dict, repr=False, compare=False)
+    calibration: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"plan has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers[:4])}, …")
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def factorised(self) -> list[LayerPlan]:
+        """The layers that will be replaced."""
+        return [layer for layer in self.layers if layer.rank is not None]
+
+    @property
+    def selected(self) -> list[LayerPlan]:
+        """The layers the budget and the rules are about, replaced or not."""
+        return [layer for layer in self.layers if layer.selected or layer.rank is not None]
+
+    @property
+    def selected_params(self) -> tuple[int, int]:
+        """Parameters of the selected layers: after, before."""
+        return sum(layer.params for layer in self.selected), sum(layer.dense_params for layer in self.selected)
+
+    @property
+    def total_params(self) -> tuple[int, int]:
+        """Parameters of the whole model: after, before."""
+        after, before = self.selected_params
+        return self.model_params - before + after, self.model_params
+
+    def __str__(self) -> str:
+        columns = (
+            "layer",
+            "shape",
+            "rank",
+            "break-even",
+            "heads",
+            "init",
+            "dense",
+            "inherited",
+            "share",
+            "kept",
+            "stays dense",
+        )
+        table = text_table(columns, [_row(layer) for layer in self.layers], left=(0, 1, 10))
+        selected, whole = self.selected_params, self.total_params
+        lines = [
+            table,
+            f"{len(self.factorised)} of {len(self.layers)} layers factorised",
+            f"selected layers: {selected[0]:,} of {selected[1]:,} parameters ({share(*selected)})",
+            f"whole model:     {whole[0]:,} of {whole[1]:,} parameters ({share(*whole)})",
+        ]
+        lines += [f"{key}: {count} of {len(self.layers)} layers" for key, count in self.matches.items()]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raise ValueError if an edit made a layer impossible (or, with the guard on, not worth it)."""
+        for layer in self.layers:
+            layer.check(guard=self.config.break_even)
+
+    def bare(self) -> Plan:
+        """A copy without statistics, factors and data: what a converted model carries."""
+        layers = [LayerPlan.from_dict(layer.to_dict()) for layer in self.layers]
+        return Plan(layers, self.config, self.teacher_hash, self.model_params, dict(self.matches))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": PLAN_VERSION,
+            "teacher_hash": self.teacher_hash,
+            "model_params": self.model_params,
+            "config": self.config.to_dict(),
+            "matches": dict(self.matches),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of `to_dict`. Raises ValueError naming what is missing or wrong."""
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            version = data.get("version") if isinstance(data, dict) else data
+            raise ValueError(f"plan: version is {version!r}, expected {PLAN_VERSION} (the format this release writes)")
+        for key in ("teacher_hash", "model_params", "config", "layers"):
+            if key not in data:
+                raise ValueError(f"plan: {key!r} is missing; the file is not a plan this release wrote")
+        layers = [LayerPlan.from_dict(layer) for layer in data["layers"]]
+        config = InheritConfig.from_dict(data["config"])
+        return cls(layers, config, data["teacher_hash"], data["model_params"], dict(data.get("matches", {})))
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """Everything but statistics and data."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        return cls.from_dict(json.loads(text))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `plan.json` and, with statistics, `statistics.safetensors`; each is written aside and renamed."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = self.to_dict()
+        statistics = folder / STATISTICS_FILE
+        if self.statistics is not None:
+            tensors = _flatten(self.statistics)
+            # The stamp ties the two files: a save interrupted between the renames is noticed, not believed.
+            data["statistics"] = _stamp(tensors)
+            aside = folder / f".{STATISTICS_FILE}.{os.getpid()}"
+            save_file(tensors, aside, metadata={"stamp": data["statistics"]})
+            os.replace(aside, statistics)
+        aside = folder / f".{PLAN_FILE}.{os.getpid()}"
+        aside.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        os.replace(aside, folder / PLAN_FILE)
+        if self.statistics is None:
+            statistics.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no `plan.json` there.
+            ValueError: another format, or statistics of another plan. Statistics that were removed are no error here:
+                `inherit` says which layers need them.
+        """
+        folder = Path(directory)
+        data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        plan = cls.from_dict(data)
+        statistics = folder / STATISTICS_FILE
+        if data.get("statistics") and statistics.exists():
+            with safe_open(statistics, framework="pt") as file:
+                stamp = (file.metadata() or {}).get("stamp")
+                if stamp != data["statistics"]:
+                    raise ValueError(
+                        f"{statistics} belongs to another plan (an interrupted save?); save the plan again"
+                    )
+                plan.statistics = _unflatten(load_file(statistics))
+        return plan
+
+
+def _row(layer: LayerPlan) -> tuple[object, ...]:
+    shape = "×".join(str(n) for n in layer.shape)
+    if layer.kernel_size is not None:
+        shape += f" ({layer.kernel_size[0]}×{layer.kernel_size[1]})"
+    even = "" if layer.fixed else layer.break_even
+    head = (layer.name or "(model)", shape)
+    if layer.rank is None:
+        return (*head, "dense", even, "", "", f"{layer.dense_params:,}", f"{layer.params:,}", "", "", layer.reason)
+    kept = "" if layer.kept is None else f"{layer.kept:.3f}"
+    heads = f"{layer.heads}{' gated' if layer.gate else ''}"
+    counts = (f"{layer.dense_params:,}", f"{layer.params:,}", share(layer.params, layer.dense_params))
+    return (*head, layer.rank, even, heads, layer.init, *counts, kept, "")
+
+
+def _flatten(statistics: dict[Key, Moments]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for (name, init), moments in statistics.items():
+        tensors[f"{name}|{init}|inputs"] = moments.inputs.contiguous()
+        if moments.outputs is not None:
+            tensors[f"{name}|{init}|outputs"] = moments.outputs.contiguous()
+        tensors[f"{name}|{init}|means"] = torch.tensor([moments.input_mean, moments.output_mean], dtype=torch.float64)
+    return tensors
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> dict[Key, Moments]:
+    statistics = {}
+    for key, tensor in tensors.items():
+        name, init, part = key.rsplit("|", 2)
+        if part == "inputs":
+            means = tensors[f"{name}|{init}|means"].tolist()
+            statistics[name, init] = Moments(tensor, means[0], tensors.get(f"{name}|{init}|outputs"), means[1])
+    return statistics
+
+
+def _stamp(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key}|{tuple(tensors[key].shape)}|".encode())
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
