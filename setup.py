@@ -138,7 +138,9 @@ class Plan:
 
     def _add(self, name, source, command):
         target = self.folder / name
-        self.steps.append((target, source, [*command, "-MMD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]))
+        self.steps.append(
+            (target, source, [*command, "-MMD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)])
+        )
 
     def run(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,12 +157,22 @@ class Plan:
         def escape(value):
             return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-        lines = ["rule compile", "  command = $line", "  depfile = $out.d", "  deps = gcc", "rule link", "  command = $line"]
+        lines = [
+            "rule compile",
+            "  command = $line",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $line",
+        ]
         for target, source, command in self.steps:
             line = shlex.join(command).replace("$", "$$")
             lines += [f"build {escape(target)}: compile {escape(source)}", f"  line = {line}"]
         objects = " ".join(escape(step[0]) for step in self.steps)
-        lines += [f"build {escape(self.library)}: link {objects}", f"  line = {shlex.join(self.link).replace('$', '$$')}"]
+        lines += [
+            f"build {escape(self.library)}: link {objects}",
+            f"  line = {shlex.join(self.link).replace('$', '$$')}",
+        ]
         return "\n".join(lines) + "\n"
 
     @staticmethod

@@ -29,7 +29,9 @@ def calls() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             lambda: plain(x, down, up, bias, None, 1),
         ),
         "gated_lowrank_linear": (
-            lambda: inherit_kernels.gated_lowrank_linear(x, down, ups, gate, gate_bias, biases, None, activation="relu"),
+            lambda: inherit_kernels.gated_lowrank_linear(
+                x, down, ups, gate, gate_bias, biases, None, activation="relu"
+            ),
             lambda: gated(x, down, ups, gate, gate_bias, biases, None, 1),
         ),
     }

@@ -208,7 +208,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         reason = "forced by use_backend or INHERIT_KERNELS_BACKEND"
     else:
         candidates = [name for name, sentence in declined.items() if sentence is None]
-        name, entry = measured_choice(problem, candidates)
+        entry = measured_choice(problem, candidates)[1]
         slug = device_slug(problem.device)
         reason = (
             f"nothing was measured for {problem.dtype} on {slug}; measure with `python -m inherit_kernels.tune {op}`"

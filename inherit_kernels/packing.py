@@ -69,7 +69,7 @@ def pack(op: str, *weights: Tensor | None) -> Packed:
     if down is None:
         raise TypeError("down: expected a torch.Tensor, got None")
     spec.check(down.new_empty(1, *down.shape[1:]), *weights, None, *spec.default_options)
-    native = spec.backends.get("native")
+    native: Any = spec.backends.get("native")
     packable = hasattr(native, "pack") and down.device.type == "cpu" and down.dtype in (torch.float32, torch.bfloat16)
     if packable and _native.load():
         panels = native.pack(*weights)
@@ -77,9 +77,7 @@ def pack(op: str, *weights: Tensor | None) -> Packed:
     return Packed(op, weights, (), "plain", None, 0)
 
 
-def call_packed(
-    spec: OpSpec, x: Tensor, packed: Packed, residual: Tensor | None, options: tuple[Any, ...]
-) -> Tensor:
+def call_packed(spec: OpSpec, x: Tensor, packed: Packed, residual: Tensor | None, options: tuple[Any, ...]) -> Tensor:
     """Run an op on packed weights; every path without a packed kernel takes the plain ones.
 
     Raises:
@@ -88,10 +86,12 @@ def call_packed(
     if packed.op != spec.name:
         raise ValueError(f"down: packed for {packed.op}, got by {spec.name}; pack it with pack({spec.name!r}, ...)")
     tensors = (x, *packed.weights, residual)
-    if not packed.panels or not autograd.is_plain_inference(tensors) or autograd.forced_backend() not in (None, "native"):
+    forced = autograd.forced_backend()
+    if not packed.panels or forced not in (None, "native") or not autograd.is_plain_inference(tensors):
         return autograd.call(spec, tensors, options)
+    native: Any = spec.backends["native"]
     try:
-        return spec.backends["native"].forward_packed(x, packed.panels, packed.weights, residual, *options)
+        return native.forward_packed(x, packed.panels, packed.weights, residual, *options)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
         autograd.raise_named(spec, tensors, options)
         raise

@@ -36,7 +36,7 @@ class Problem:
 
 
 class Backend(Protocol):
-    """A module that computes an op; `ops/<op>/impl_<name>.py`.
+    """A module that computes an op: `ops/<op>/impl_<name>.py`. One with packed kernels also has `pack` and `forward_packed`.
 
     `forward_saving` returns the output and the rank-sized `t`; it and `backward` only see the activations None and relu,
     and `backward` gets `dz`, the gradient at the pre-activation. `backward` returns one gradient, or None where `needs`
@@ -100,8 +100,9 @@ class ReferenceBackend:
         return self.forward(*args), t.zero_()
 
     def backward(self, dz: Tensor, t: Tensor, *args: Any) -> Sequence[Tensor | None]:
-        *args, needs = args
-        return differentiate(self.forward, dz, args[: len(needs)], args[len(needs) :], needs, create_graph=False)
+        *arguments, needs = args
+        count = len(needs)
+        return differentiate(self.forward, dz, arguments[:count], arguments[count:], needs, create_graph=False)
 
 
 def differentiate(
@@ -119,14 +120,14 @@ def differentiate(
             tensor if tensor is None else tensor.view_as(tensor) if create_graph else tensor.detach()
             for tensor in tensors
         ]
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         for tensor in wanted:
             tensor.requires_grad_()
         z = reference(*inputs, None, *options[:-1], None)
         gradients = iter(torch.autograd.grad(z, wanted, dz, create_graph=create_graph, allow_unused=True))
     found = [next(gradients) if need else None for need in needs]
     return [
-        torch.zeros_like(tensor) if need and gradient is None else gradient
+        torch.zeros_like(tensor) if tensor is not None and need and gradient is None else gradient
         for tensor, need, gradient in zip(inputs, needs, found, strict=True)
     ]
 
@@ -167,9 +168,9 @@ def flop_formulas_of(spec: OpSpec) -> dict[Any, Callable[..., int]]:
         return count(args[:-1])
 
     def backward(dz: Any, t: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-        *args, _needs, _backend = args
+        *arguments, _, _ = args
         position = len(spec.tensors) - 1
-        return 2 * count((*args[:position], None, *args[position:]))
+        return 2 * count((*arguments[:position], None, *arguments[position:]))
 
     packets = torch.ops.inherit_kernels
     return {

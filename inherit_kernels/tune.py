@@ -50,11 +50,11 @@ def measure(op: str, case: Case, dtype: torch.dtype, training: bool, seconds: fl
     }
 
 
-def _call(op: str, inputs: dict[str, Any], options: dict[str, Any], backend: str, training: bool) -> Callable[[], object]:
+def _call(op: str, inputs: dict[str, Any], options: dict[str, Any], backend: str, training: bool) -> Callable[[], Any]:
     function = getattr(inherit_kernels, op)
     leaves = [value for value in inputs.values() if value is not None]
 
-    def forward() -> object:
+    def forward() -> Any:
         with use_backend(backend):
             return function(*inputs.values(), **options)
 
@@ -68,7 +68,8 @@ def write_table(op: str, slug: str, entries: list[dict[str, Any]]) -> None:
     """Write aside, then rename: a table is whole or not there. One entry a line, so that changes can be read."""
     path = table_path(op, slug)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"version": TABLE_VERSION, "op": op, "device": slug, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    made_by = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    head = {"version": TABLE_VERSION, "op": op, "device": slug, **made_by}
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(head)[:-1] + ', "entries": [\n' + lines + "\n]}\n")

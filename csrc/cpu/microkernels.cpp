@@ -356,15 +356,21 @@ void column_sums_typed(const T* x, int64_t row, int64_t col, int64_t rows, int64
     for (int64_t j = 0; j < cols; ++j) sums[j] += run_sum(x + j * col, rows);
     return;
   }
-  constexpr int64_t kBlock = 64;
+  constexpr int64_t kBlock = 16;  // rows added in float32
   for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
     int64_t end = min64(rows, i0 + kBlock);
     for (int64_t j0 = 0; j0 < cols; j0 += kLanes) {
       int64_t count = min64(kLanes, cols - j0);
       float lane[kLanes] = {};
-      for (int64_t i = i0; i < end; ++i) {
-        const T* p = x + i * row + j0 * col;
-        for (int64_t k = 0; k < count; ++k) lane[k] += to_float(p[k * col]);
+      if (col == 1 && count == kLanes) {
+        Vec sum = Vec{};
+        for (int64_t i = i0; i < end; ++i) sum += load_vec(x + i * row + j0);
+        store_vec(lane, sum);
+      } else {
+        for (int64_t i = i0; i < end; ++i) {
+          const T* p = x + i * row + j0 * col;
+          for (int64_t k = 0; k < count; ++k) lane[k] += to_float(p[k * col]);
+        }
       }
       for (int64_t k = 0; k < count; ++k) sums[j0 + k] += lane[k];
     }

@@ -26,12 +26,12 @@ def check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {_describe_type(value)}")
     given = dict(required)
-    for name, value in optional.items():
-        if value is None:
+    for name, choice in optional.items():
+        if choice is None:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor or None, got {_describe_type(value)}")
-        given[name] = value
+        if not isinstance(choice, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor or None, got {_describe_type(choice)}")
+        given[name] = choice
     (first_name, first), *others = given.items()
     if first.dtype not in DTYPES:
         raise TypeError(f"{first_name}: dtype {first.dtype} is not supported; expected one of {_join(DTYPES)}")

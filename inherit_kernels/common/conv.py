@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,7 @@ def as_pair(name: str, value: int | Sequence[int], minimum: int) -> Pair:
 
 def output_size(size: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """(Ho, Wo) of a convolution: ⌊(size + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1."""
-    height, width = (
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    )
+    height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return height, width
 
 
@@ -51,7 +50,9 @@ def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     `Tensor.contiguous` would keep other strides where a size is 0 or 1.
     """
     channels_last = memory_format == torch.channels_last
-    strides = make_channels_last_strides_for(tensor.shape) if channels_last else make_contiguous_strides_for(tensor.shape)
+    strides = (
+        make_channels_last_strides_for(tensor.shape) if channels_last else make_contiguous_strides_for(tensor.shape)
+    )
     return tensor if tensor.stride() == tuple(strides) else tensor.clone(memory_format=memory_format)
 
 
@@ -66,8 +67,8 @@ def from_rows(rows: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def normalise_conv(
-    tensors: tuple[Tensor | None, ...], options: tuple[object, object, object, str | None]
-) -> tuple[tuple[Tensor | None, ...], tuple[Pair, Pair, Pair, str | None]]:
+    tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Pair, Pair, Pair, str | None]]:
     """Batched tensors and pairs: x and the residual get a batch of one where x `[C, Hi, Wi]` has none.
 
     Raises:
@@ -85,9 +86,7 @@ def normalise_conv(
     return tensors, (*pairs, activation)
 
 
-def conv_sizes(
-    x: Tensor, down: Tensor, outputs: int, stride: Pair, padding: Pair, dilation: Pair
-) -> dict[str, int]:
+def conv_sizes(x: Tensor, down: Tensor, outputs: int, stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:
     """B images, C channels in, T taps, P output positions, N channels out, R rank."""
     height, width = output_size(x.shape[2:], down.shape[2:], stride, padding, dilation)
     return {
@@ -105,9 +104,12 @@ def conv_fake(
 ) -> tuple[Tensor, Tensor]:
     """Empty y `[B, N, Ho, Wo]` and t `[B, R, Ho, Wo]` in the memory format of x."""
     size = output_size(x.shape[2:], down.shape[2:], stride, padding, dilation)
-    layout = {"dtype": x.dtype, "device": x.device, "memory_format": memory_format_of(x)}
-    y, t = (torch.empty((x.shape[0], channels, *size), **layout) for channels in (outputs, down.shape[0]))
-    return y, t
+    memory_format = memory_format_of(x)
+
+    def empty(channels: int) -> Tensor:
+        return torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+    return empty(outputs), empty(down.shape[0])
 
 
 def first_stage(x: Tensor, down: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:

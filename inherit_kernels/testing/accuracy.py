@@ -60,13 +60,16 @@ def check_accuracy(
         y.backward(cotangent)
     result = _collect(y, leaves if gradients else {})
     for name, value in before.items():
-        if not torch.equal(value, inputs[name]):
+        now = inputs[name]
+        if now is None or not torch.equal(value, now):
             raise AssertionError(f"{op} changed its input {name} in place")
 
     truth = _evaluate(spec, case, inputs, cotangent, torch.float64)
     plain = _evaluate(spec, case, inputs, cotangent, dtype)
     perturbed = [
-        _evaluate(spec, case, _perturb(inputs, dtype, seed + i), _perturb({"": cotangent}, dtype, seed + i)[""], torch.float64)
+        _evaluate(
+            spec, case, _perturb(inputs, dtype, seed + i), _perturb({"": cotangent}, dtype, seed + i)[""], torch.float64
+        )
         for i in range(1, PERTURBATIONS + 1)
     ]
     epsilon = torch.finfo(dtype).eps
@@ -105,7 +108,9 @@ def assert_within(
     deviations = [plain - truth, *(other - truth for other in perturbed)]
     allowed = factor * max(float(d.norm()) for d in deviations) + 2 * epsilon * float(truth.norm())
     if not float(error.norm()) <= allowed:
-        raise AssertionError(f"{what}: error {float(error.norm()):.3g} exceeds {allowed:.3g} (of {float(truth.norm()):.3g})")
+        raise AssertionError(
+            f"{what}: error {float(error.norm()):.3g} exceeds {allowed:.3g} (of {float(truth.norm()):.3g})"
+        )
     if truth.numel() > 0:
         row = torch.stack([d.abs() for d in deviations]).amax(0)
         scale = ELEMENT * _row_max(row) + 4 * epsilon * _row_max(truth.abs())
@@ -143,7 +148,9 @@ def _evaluate(
     spec: OpSpec, case: Case, inputs: dict[str, Any], cotangent: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The definition in `dtype`: output, and gradients where a cotangent is given."""
-    leaves = {k: None if v is None else v.to(dtype).detach().requires_grad_(cotangent is not None) for k, v in inputs.items()}
+    leaves = {
+        k: None if v is None else v.to(dtype).detach().requires_grad_(cotangent is not None) for k, v in inputs.items()
+    }
     y = _reference(spec, case, leaves)
     if cotangent is None:
         return _collect(y, {})
@@ -153,8 +160,8 @@ def _evaluate(
 
 def _reference(spec: OpSpec, case: Case, tensors: dict[str, Any], **changed: Any) -> Tensor:
     options = _full_options(spec, case, **changed)
-    batched, options = spec.normalise(tuple(tensors.values()), tuple(options.values()))
-    y = spec.reference(*batched, *options)
+    batched, chosen = spec.normalise(tuple(tensors.values()), tuple(options.values()))
+    y = spec.reference(*batched, *chosen)
     return y if batched[0].dim() == tensors["x"].dim() else y.squeeze(0)
 
 
@@ -163,7 +170,9 @@ def _full_options(spec: OpSpec, case: Case, **changed: Any) -> dict[str, Any]:
     return dict(zip(names, spec.default_options, strict=True)) | case.options | changed
 
 
-def _cotangent(spec: OpSpec, case: Case, inputs: dict[str, Any], shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
+def _cotangent(
+    spec: OpSpec, case: Case, inputs: dict[str, Any], shape: torch.Size, dtype: torch.dtype, seed: int
+) -> Tensor:
     """Random, rounded to the dtype, and zero where relu has its kink, where either one-sided derivative is right."""
     cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
     device = next(value.device for value in inputs.values() if value is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils import deterministic
@@ -21,12 +22,13 @@ def poisoned_memory() -> Iterator[None]:
         ...     bool(torch.empty(3).isnan().all())
         True
     """
-    fill, mode = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    settings: Any = deterministic
+    fill, mode = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

@@ -11,9 +11,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from inhernet.console import say, table
 
@@ -95,7 +95,7 @@ def _failed(arguments: argparse.Namespace, error: Exception, status: int) -> int
 
 def build_parser() -> Parser:
     """The parser of all commands."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = Parser("inhernet", description="Make a trained network smaller by inheriting from it.", epilog=EPILOG,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -280,7 +280,7 @@ def show_plan(plan: Plan) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     import inhernet
     from inhernet import specs
-    from inhernet.distill import OBJECTIVES, TrainConfig, evaluate, fit
+    from inhernet.distill import OBJECTIVES, TrainConfig, fit
 
     names = ("epochs", "lr", "optimizer", "weight_decay", "clip_norm", "accumulate", "ema", "amp", "seed")
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
@@ -292,14 +292,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     data = specs.data(arguments.data)
     out = Path(arguments.out or arguments.dir)
     # Beside the directory, not in it: the model stays a model, and the run can go on until it is complete.
-    state = out.parent / f"{out.name}.training"
-
-    def validate(judged: nn.Module) -> dict[str, float]:
-        return {
-            f"val_{name}": value
-            for name, value in evaluate(judged, data.val, teacher).items()
-            if name != "teacher_accuracy"
-        }
+    state = out.resolve().parent / f"{out.resolve().name}.training"
 
     result = fit(
         model,
@@ -307,15 +300,28 @@ def run_train(arguments: argparse.Namespace) -> None:
         config,
         loss=objective,
         teacher=teacher,
-        validate=validate if data.val is not None else None,
+        validate=_validation(data.val, teacher),
         checkpoint_dir=state,
         resume=not arguments.restart,
     )
-    inhernet.save(
-        model, out, factory=_own_factory(model, arguments), args=getattr(model, "inhernet_factory", (None, None))[1]
-    )
+    inhernet.save(model, out)
     shutil.rmtree(state, ignore_errors=True)
     say(f"trained in {result.seconds:.1f} s; written to {out}")
+
+
+def _validation(
+    loader: Iterable[Any] | None, teacher: nn.Module | None
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    from inhernet.distill import evaluate
+
+    if loader is None:
+        return None
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        figures = evaluate(model, loader, teacher)
+        return {f"val_{name}": value for name, value in figures.items() if name != "teacher_accuracy"}
+
+    return validate
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -326,7 +332,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     judge = specs.data(arguments.data).judge
     if arguments.teacher is None:
-        figures = evaluate(model, judge)
+        figures: dict[str, Any] = {**evaluate(model, judge)}
     else:
         teacher = specs.teacher(arguments.teacher, arguments.weights)
         report = inhernet.verify(model, teacher, judge)
@@ -357,7 +363,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else dense_like(model, arguments.trust)
     )
     example = specs.example_inputs(model, arguments.input, specs.data(arguments.data).judge if arguments.data else None)
-    networks = {"dense": dense.eval(), "inherited": model, "published form": published(model).eval()}
+    networks: dict[str, Any] = {"dense": dense.eval(), "inherited": model, "published form": published(model).eval()}
     if arguments.compile:
         networks |= {f"{name}, torch.compile": torch.compile(network) for name, network in list(networks.items())}
     rows = []
@@ -384,7 +390,7 @@ def dense_like(model: nn.Module, trust: Sequence[str] = ()) -> nn.Module:
 
     from inhernet import architecture
 
-    name, args = model.inhernet_factory
+    name, args = cast("tuple[str, dict[str, Any]]", model.inhernet_factory)
     dense = architecture.build(name, args, None, tuple(trust)).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in dense.state_dict().values():
@@ -397,10 +403,6 @@ def _load(arguments: argparse.Namespace) -> nn.Module:
     import inhernet
 
     return inhernet.load(arguments.dir, trust=tuple(arguments.trust))
-
-
-def _own_factory(model: nn.Module, arguments: argparse.Namespace) -> str | None:
-    return model.inhernet_factory[0] if hasattr(model, "inhernet_factory") else None
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 # In a pipe there is no window to fit: a table must not lose columns to rich's default of 80.
@@ -53,7 +53,7 @@ class Steps:
     def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
         self._bar = bar
         self._description = description
-        self._task = bar.add_task(description, total=total) if bar is not None else None
+        self._task = TaskID(0) if bar is None else bar.add_task(description, total=total)
 
     def advance(self, steps: int = 1) -> None:
         if self._bar is not None:

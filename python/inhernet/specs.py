@@ -120,8 +120,8 @@ def data(spec: str) -> Data:
     if spec == "digits":
         from .demos.digits_data import digits
 
-        parts = digits()
-        return Data(parts.train, parts.calibration, parts.val, parts.test)
+        images = digits()
+        return Data(images.train, images.calibration, images.val, images.test)
     found = function_of(spec, "DATA")()
     if isinstance(found, tuple) and len(found) in (2, 3):
         found = dict(zip(("train", "val", "test"), found, strict=False))
@@ -154,7 +154,8 @@ def example_inputs(model: nn.Module, shape: str | None, loader: Iterable[Any] | 
         batch = next(iter(loader))
         found = batch[0] if isinstance(batch, (tuple, list)) else batch
         return lambda size: _resized(found, size)
-    name, args = getattr(model, "inhernet_factory", ("", {}))
+    factory: tuple[str, dict[str, Any]] = getattr(model, "inhernet_factory", ("", {}))
+    name, args = factory
     if name.startswith("inhernet.models."):
         channels = args.get("in_channels", 3)
         return lambda batch: torch.randn(batch, channels, 32, 32, generator=torch.Generator().manual_seed(0))

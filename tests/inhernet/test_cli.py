@@ -224,9 +224,9 @@ def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "the same command goes on from there" in message
     _, plain = load_state(state)
     assert 0 < plain["position"] < 80
-    assert main(train[:-1] + ["2"]) == 2  # another schedule is another run
+    assert main([*train[:-1], "2"]) == 2  # another schedule is another run
     assert "epochs was 1, is 2" in capsys.readouterr().err
-    assert main([*train, "--restart"][:5] + ["mine:parts", "--epochs", "1", "--restart"]) == 0
+    assert main([*train[:5], "mine:parts", "--epochs", "1", "--restart"]) == 0
     assert not state.exists()
 
 

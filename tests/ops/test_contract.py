@@ -207,11 +207,18 @@ def test_autocast_casts_everything_and_adds_a_wider_residual_outside(op, dtype):
 def test_saved_memory_is_inputs_and_rank_sized(op):
     """Nothing of size H × output is saved, nor anything else of output size without an activation."""
     case = find(op, "larger_than_blocks")
-    case = Case("linear", {k: v for k, v in case.shapes.items() if k != "residual"}, case.options | {"activation": None})
+    case = Case(
+        "linear", {k: v for k, v in case.shapes.items() if k != "residual"}, case.options | {"activation": None}
+    )
     for backend in [name for name in OPS[op].backends if not usable(op, name, torch.float32)]:
         inputs = {k: v if v is None else v.requires_grad_() for k, v in make_inputs(op, case, torch.float32).items()}
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        saved: list = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = call(op, inputs, case, backend)
         own = {v.data_ptr() for v in inputs.values() if v is not None}
         extra = [t for t in saved if t.data_ptr() not in own]

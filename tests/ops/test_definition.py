@@ -30,7 +30,9 @@ def definition(op: str, inputs: dict, options: dict) -> torch.Tensor:
     biases = [None] * len(ups) if bias is None else list(bias if bias.dim() == 2 else bias[None])
     if "conv" in op:
         t = F.conv2d(x, down, **options)
-        heads = [F.conv2d(x, torch.einsum("nr,rcij->ncij", u, down), b, **options) for u, b in zip(ups, biases, strict=True)]
+        heads = [
+            F.conv2d(x, torch.einsum("nr,rcij->ncij", u, down), b, **options) for u, b in zip(ups, biases, strict=True)
+        ]
         features = t.mean((-2, -1))
     else:
         features = F.linear(x, down)

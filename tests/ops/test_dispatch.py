@@ -27,7 +27,10 @@ def clean():
 
 def test_a_forced_backend_that_declines_raises_its_sentence(clean, monkeypatch):
     monkeypatch.setattr(clean.backends["unfused"], "supports", lambda problem: "it is Sunday")
-    with inherit_kernels.use_backend("unfused"), pytest.raises(ValueError, match="'unfused' cannot serve .* it is Sunday"):
+    with (
+        inherit_kernels.use_backend("unfused"),
+        pytest.raises(ValueError, match="'unfused' cannot serve .* it is Sunday"),
+    ):
         inherit_kernels.lowrank_linear(X, DOWN, UP)
     assert inherit_kernels.lowrank_linear(X, DOWN, UP).shape == (4, 5)  # an automatic choice moves on
 
@@ -38,7 +41,10 @@ def test_an_op_without_the_forced_backend_says_what_it_has():
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="name: expected one of .*unfused.* got 'fast'"), inherit_kernels.use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="name: expected one of .*unfused.* got 'fast'"),
+        inherit_kernels.use_backend("fast"),
+    ):
         pass
 
 

@@ -84,7 +84,8 @@ def test_one_compilation_serves_every_batch_from_two(op):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for rows in (11, 2, 4, 13, 29):  # unlike any weight size, or duck sizing ties them
         sized = {
-            k: v if k not in ("x", "residual") or v is None else torch.randn(rows, *v.shape[1:]) for k, v in inputs.items()
+            k: v if k not in ("x", "residual") or v is None else torch.randn(rows, *v.shape[1:])
+            for k, v in inputs.items()
         }
         torch.testing.assert_close(compiled(*sized.values(), **options), function(*sized.values(), **options))
     assert counter.frame_count == 1

@@ -41,7 +41,7 @@ class LinearBackwardPass {
         a_(arguments),
         s_(arguments.shape),
         gate_(k_, s_, a_.gate_weight, a_.gate_bias, MatrixView{}),
-        wants_up_(a_.d_up || a_.d_bias),
+        wants_up_(a_.d_up || (a_.d_bias && gate_.has_gate)),
         wants_dt_(a_.dx || a_.d_down || a_.d_gate_weight || a_.d_gate_bias),
         bias_in_gate_(gate_.has_gate && a_.bias.data),
         rank_panels_(ceil_div(s_.rank, k_.nr)),
@@ -184,7 +184,8 @@ class LinearBackwardPass {
         }
       });
     }
-    if (a_.d_bias) {
+    if (a_.d_bias && !gate_.has_gate) store_column_sums();
+    if (a_.d_bias && gate_.has_gate) {
       k_.store(sum_up_.get() + s_.heads * s_.rank * ld_out, ld_out, s_.heads, s_.out, a_.d_bias, a_.dtype, s_.out);
     }
     if (a_.d_gate_weight) {
@@ -194,6 +195,18 @@ class LinearBackwardPass {
       std::vector<float> sums(sum_gate_bias_.begin(), sum_gate_bias_.end());
       k_.store(sums.data(), s_.heads, 1, s_.heads, a_.d_gate_bias, a_.dtype, s_.heads);
     }
+  }
+
+  // d_bias of the plain op: what a product would sum in one long run is added up in short ones.
+  void store_column_sums() {
+    constexpr int64_t kColumns = 64;
+    std::vector<double> sums(s_.out, 0.0);
+    parallel(runtime_, ceil_div(s_.out, kColumns), 1.0 * s_.rows * s_.out, [&](int64_t begin, int64_t end) {
+      int64_t j0 = begin * kColumns, cols = std::min(end * kColumns, s_.out) - j0;
+      k_.column_sums(shifted(a_.dz, 0, j0), s_.rows, cols, sums.data() + j0);
+    });
+    std::vector<float> row(sums.begin(), sums.end());
+    k_.store(row.data(), s_.out, 1, s_.out, a_.d_bias, a_.dtype, s_.out);
   }
 
   static constexpr int64_t kGroup = 4;  // panels of dx at once

@@ -32,7 +32,8 @@ def case(
         shapes["bias"] = (h, n)
     if residual:
         stride, padding, dilation = (
-            as_pair(key, options.get(key, default), 0) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+            as_pair(key, options.get(key, default), 0)
+            for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))
         )
         shapes["residual"] = (*batch, n, *output_size(size, kernel, stride, padding, dilation))
     return Case(name, shapes, {key: value for key, value in options.items() if value is not None})

@@ -65,8 +65,8 @@ def gated_lowrank_conv2d(
         torch.Size([2, 5, 6, 6])
     """
     unbatched = isinstance(x, Tensor) and x.dim() == 3
-    tensors = (x, down, up, gate_weight, gate_bias, bias, residual)
-    tensors, options = normalise_conv(tensors, (stride, padding, dilation, activation))
+    given = (x, down, up, gate_weight, gate_bias, bias, residual)
+    tensors, options = normalise_conv(given, (stride, padding, dilation, activation))
     if type(down) is Packed:
         y = call_packed(SPEC, tensors[0], down, tensors[-1], options)
     else:

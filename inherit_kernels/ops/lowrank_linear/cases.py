@@ -8,7 +8,9 @@ from inherit_kernels.common.checks import ACTIVATIONS
 from inherit_kernels.testing.cases import Case, Pick
 
 
-def case(name: str, rows: tuple[int, ...], k: int, n: int, r: int, *, bias=True, residual=False, activation=None) -> Case:
+def case(
+    name: str, rows: tuple[int, ...], k: int, n: int, r: int, *, bias=True, residual=False, activation=None
+) -> Case:
     """A case from its letters."""
     shapes: dict[str, Any] = {"x": (*rows, k), "down": (r, k), "up": (n, r)}
     if bias:

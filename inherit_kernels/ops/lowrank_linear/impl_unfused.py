@@ -17,7 +17,9 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
+def forward(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
     return forward_saving(x, down, up, bias, residual, activation)[0]
 
 

@@ -10,19 +10,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from typing import Any
 
 import inhernet
+import torch
 from inhernet.console import say, table
 from inhernet.distill import Objective, TrainConfig, TrainResult, evaluate, fit
 from inhernet.measure import Latency, interleaved
 from inhernet.models import cifar_resnet, cifar_resnet_near
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .digits_data import Digits, digits
 from .published import published
@@ -30,6 +31,10 @@ from .published import published
 # The task teaches the teacher; the others are taught by it. T² · KL at T = 4 keeps the gradient of a plain KL.
 TASK = Objective(ce=1.0, kd=0.0)
 GUIDED = Objective(ce=0.1, kd=0.9, temperature=4.0)
+TEACHING = TrainConfig(epochs=20, lr=0.1, clip_norm=1.0, keep_best="min:val_loss")
+# The best of five schedules tried (SGD 0.02, 0.05, 0.1; AdamW 0.003, 0.01): final KL 0.021 against 0.022 to 0.038.
+STUDYING = TrainConfig(epochs=20, lr=0.1, clip_norm=1.0, keep_best="min:val_kl")
+TUNING = TrainConfig(epochs=5, lr=0.02, clip_norm=1.0, keep_best="min:val_kl")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,9 @@ class DigitsConfig:
     widths: tuple[int, int, int, int] = (32, 32, 64, 128)
     budgets: tuple[float, ...] = (0.35, 0.2)
     heads: tuple[int, ...] = (1, 3)
-    teacher: TrainConfig = TrainConfig(epochs=20, lr=0.1, clip_norm=1.0, keep_best="min:val_loss")
-    # The best of five schedules tried (SGD 0.02, 0.05, 0.1; AdamW 0.003, 0.01): final KL 0.021 against 0.022 to 0.038.
-    student: TrainConfig = TrainConfig(epochs=20, lr=0.1, clip_norm=1.0, keep_best="min:val_kl")
-    tuning: TrainConfig = TrainConfig(epochs=5, lr=0.02, clip_norm=1.0, keep_best="min:val_kl")
+    teacher: TrainConfig = TEACHING
+    student: TrainConfig = STUDYING
+    tuning: TrainConfig = TUNING
     batch: int = 64
     latency_seconds: float = 0.6
     compile: bool = True
@@ -66,12 +70,14 @@ class Row:
     """One network of the comparison. `history` holds test and validation figures per epoch, 0 before training."""
 
     name: str
-    model: nn.Module
+    model: Any
     history: list[dict[str, float]]
     best_epoch: int | None
     parameters: int
     macs: int
     seconds: float
+    share: float | None = None
+    heads: int = 0
     convert_seconds: float = 0.0
     latency: dict[int, Latency] = field(default_factory=dict)
 
@@ -117,8 +123,8 @@ def compare(config: DigitsConfig, split: int, seed: int, show: bool = True) -> l
             seconds = time.perf_counter() - started
             title = f"inherited {share:.0%}, {heads} head{'s' if heads > 1 else ''}"
             inherited.append(train(title, model, config.tuning, teacher))
-            inherited[-1].convert_seconds = seconds
-    size = min(r.parameters for r in inherited if r.name.startswith(f"inherited {smallest:.0%}"))
+            inherited[-1].share, inherited[-1].heads, inherited[-1].convert_seconds = share, heads, seconds
+    size = inherited_smallest(inherited).parameters
     torch.manual_seed(1000 * split + seed + 1)
     student = cifar_resnet_near(size, config.depth, config.widths, num_classes=10, in_channels=1)
     return [*rows, train(f"student {smallest:.0%}, from scratch", student, config.student, teacher), *inherited]
@@ -144,11 +150,11 @@ def plan_for(
     return inhernet.plan(teacher, config, calibration=data.calibration)
 
 
-def judge(data: Digits, teacher: nn.Module | None):
+def judge(data: Digits, teacher: nn.Module | None) -> Callable[[nn.Module], dict[str, float]]:
     """Validation figures (they select) and test figures (they only report)."""
 
     def validate(model: nn.Module) -> dict[str, float]:
-        figures = {}
+        figures: dict[str, float] = {}
         for prefix, part in (("val_", data.val), ("", data.test)):
             found = evaluate(model, part, teacher)
             figures |= {prefix + name: found[name] for name in ("accuracy", "loss", "kl") if name in found}
@@ -159,7 +165,8 @@ def judge(data: Digits, teacher: nn.Module | None):
 
 def row(name: str, model: nn.Module, result: TrainResult, example: torch.Tensor) -> Row:
     found = inhernet.summary(model, example)
-    return Row(name, model, result.history, result.best_epoch, found.params, found.macs[0], result.seconds)
+    macs = 0 if found.macs is None else found.macs[0]
+    return Row(name, model, result.history, result.best_epoch, found.params, macs, result.seconds)
 
 
 def epochs_to_reach(row: Row, kl: float) -> int | None:
@@ -169,7 +176,7 @@ def epochs_to_reach(row: Row, kl: float) -> int | None:
 
 def measure_latencies(rows: Sequence[Row], config: DigitsConfig, show: bool = True) -> list[Row]:
     """Time every network at batch 1 and 64, all in one interleaved run; returns the rows of the published form too."""
-    widest = [r for r in rows if r.name.startswith("inherited")][-1]
+    widest = [r for r in rows if r.share is not None][-1]
     restated = published(widest.model).eval()
     extra = [Row(f"published form of {widest.name[10:]}", restated, [], None, 0, 0, 0.0)]
     if config.compile:
@@ -177,13 +184,11 @@ def measure_latencies(rows: Sequence[Row], config: DigitsConfig, show: bool = Tr
         compiled = torch.compile(restated, dynamic=True)
         extra.append(Row("  the same, torch.compile", compiled, [], None, 0, 0, 0.0))
     x = digits(0, config.batch).test.x
-    for candidate in (*rows, *extra):
-        candidate.model.eval()
     for size in (64, 1):
         if show:
             say(f"latency at batch {size}: {len(rows) + len(extra)} networks, interleaved")
         inputs = x[:size].contiguous()
-        calls = {r.name: (lambda model=r.model: model(inputs)) for r in (*rows, *extra)}
+        calls = {r.name: partial(r.model, inputs) for r in (*rows, *extra)}
         found = interleaved(calls, config.latency_seconds)
         for candidate in (*rows, *extra):
             candidate.latency[size] = found[candidate.name]
@@ -205,9 +210,8 @@ def compare_outputs(directory: Path) -> int:
     distance = float((outputs - recorded["outputs"]).abs().max())
     # One float32 rounding per layer: another thread count may sum in another order.
     good = distance <= 1e-4 * float(recorded["outputs"].abs().max())
-    say(
-        f"loaded in a new process: largest difference {distance:.1e} on {len(outputs)} images: {'ok' if good else 'WRONG'}"
-    )
+    verdict = "ok" if good else "WRONG"
+    say(f"loaded in a new process: largest difference {distance:.1e} on {len(outputs)} images: {verdict}")
     return 0 if good else 1
 
 
@@ -220,15 +224,13 @@ def save_results(directory: Path, rows: Sequence[Row], extra: Sequence[Row], con
         outputs = chosen.model.eval()(inputs)
     save_file({"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}, directory / "outputs.safetensors")
     save_file(rows[0].model.state_dict(), directory / "teacher.safetensors")
-    figures = [
-        {name: value for name, value in asdict(replace(r, model=None)).items() if name != "model"} for r in (*rows, *extra)
-    ]  # fmt: skip
+    figures = [asdict(replace(r, model=None)) for r in (*rows, *extra)]
     (directory / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def inherited_smallest(rows: Sequence[Row]) -> Row:
     """The inherited network that the student is compared with: smallest budget, fewest heads."""
-    return min((r for r in rows if r.name.startswith("inherited")), key=lambda r: (round(r.parameters, -4), r.name))
+    return min((r for r in rows if r.share is not None), key=lambda r: (r.share, r.heads))
 
 
 def run(
@@ -318,8 +320,9 @@ def print_goals(runs: Sequence[Sequence[Row]]) -> None:
         taken = (
             f"after {epochs} of its epochs" if epochs is not None else f"not within {len(chosen.history) - 1} epochs"
         )
+        start = chosen.at(0)
         say(
-            f"{chosen.name}: starts at {100 * chosen.at(0)['accuracy']:.1f} %, KL {chosen.at(0)['kl']:.3f}; reaches the "
+            f"{chosen.name}: starts at {100 * start['accuracy']:.1f} %, KL {start['kl']:.3f}; reaches the "
             f"student's final KL {goal:.4f} (after {len(student.history) - 1} epochs) {taken}"
         )
 

@@ -4,12 +4,14 @@ are stacked, weighted by the softmax gate and summed. Same function as our gated
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
+from inhernet.nn import LowRankModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inhernet.nn import LowRankModule
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class PublishedConv2d(nn.Module):
@@ -78,7 +80,7 @@ def published(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def published_layer(module: LowRankModule) -> PublishedConv2d | PublishedLinear:
+def published_layer(module: Any) -> PublishedConv2d | PublishedLinear:
     """One module restated, with copies of its weights."""
     ups = module.up if module.gated else module.up[None]
     biases = [None] * len(ups) if module.bias is None else list(module.bias if module.gated else module.bias[None])
@@ -86,29 +88,31 @@ def published_layer(module: LowRankModule) -> PublishedConv2d | PublishedLinear:
     gate = nn.Linear(rank, len(ups))
     gate.weight.copy_(module.gate.weight if module.gated else torch.zeros_like(gate.weight))
     gate.bias.copy_(module.gate.bias if module.gated else torch.zeros_like(gate.bias))
-    if module.down.dim() == 2:
-        down = _filled(nn.Linear(module.down.shape[1], rank, bias=False), module.down, None)
-        heads = [
-            _filled(nn.Linear(rank, up.shape[0], bias=b is not None), up, b) for up, b in zip(ups, biases, strict=True)
-        ]
-        return PublishedLinear(down, heads, gate).to(module.down)
-    padding = module.padding
-    if padding == "same" and any(size % 2 == 0 for size in module.kernel_size):
-        raise ValueError(
-            f"padding is 'same' with kernel_size {module.kernel_size}: the published layer has no such padding"
-        )
-    down = nn.Conv2d(
-        module.down.shape[1], rank, module.kernel_size, module.stride, padding, module.dilation, bias=False
-    )  # fmt: skip
-    heads = [
-        _filled(nn.Conv2d(rank, up.shape[0], 1, bias=b is not None), up[:, :, None, None], b)
-        for up, b in zip(ups, biases, strict=True)
+    make: Any = _linear if module.down.dim() == 2 else _convolution
+    return make(module, list(zip(ups, biases, strict=True)), gate).to(module.down)
+
+
+def _linear(module: Any, heads: list[tuple[Tensor, Tensor | None]], gate: nn.Linear) -> PublishedLinear:
+    rank, depth = module.down.shape
+    down = _filled(nn.Linear(depth, rank, bias=False), module.down, None)
+    ups = [_filled(nn.Linear(rank, len(up), bias=bias is not None), up, bias) for up, bias in heads]
+    return PublishedLinear(down, ups, gate)
+
+
+def _convolution(module: Any, heads: list[tuple[Tensor, Tensor | None]], gate: nn.Linear) -> PublishedConv2d:
+    rank, channels = module.down.shape[:2]
+    size, padding = module.kernel_size, module.padding
+    if padding == "same" and any(side % 2 == 0 for side in size):
+        raise ValueError(f"padding is 'same' with kernel_size {size}: the published layer has no such padding")
+    down = nn.Conv2d(channels, rank, size, module.stride, padding, module.dilation, bias=False)
+    ups = [
+        _filled(nn.Conv2d(rank, len(up), 1, bias=bias is not None), up[:, :, None, None], bias) for up, bias in heads
     ]
-    return PublishedConv2d(_filled(down, module.down, None), heads, gate).to(module.down)
+    return PublishedConv2d(_filled(down, module.down, None), ups, gate)
 
 
-def _filled(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Linear | nn.Conv2d:
+def _filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     layer.weight.copy_(weight)
-    if bias is not None:
+    if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
     return layer

@@ -44,10 +44,10 @@ def caught_signals(enabled: bool) -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number] or signal.SIG_DFL)
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
 
-    for number in before:
-        signal.signal(number, handle)
+    for caught in before:
+        signal.signal(caught, handle)
     try:
         yield received
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,13 +40,13 @@ def fingerprint(model: nn.Module) -> str:
 def rng_state() -> dict[str, Tensor]:
     """State of every generator a step may draw from: torch (CPU, all CUDA devices), Python and numpy."""
     _, internal, gauss = random.getstate()
-    _, keys, *rest = numpy.random.get_state()
+    _, keys, *rest = numpy.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         # The Gaussian held back is a float or nothing; NaN stands for nothing.
         "python": torch.tensor(internal, dtype=torch.int64),
         "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(numpy.int64)),
+        "numpy": torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)),
         "numpy_rest": torch.tensor(rest, dtype=torch.float64),
     }
     if torch.cuda.is_initialized():
@@ -122,10 +122,10 @@ def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, dict[str, T
         groups: dict[str, dict[str, Tensor]] = {}
         with safe_open(path, framework="pt") as file:
             plain = json.loads(file.metadata()["state"])
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
                 group, name = key.split("/", 1)
                 groups.setdefault(group, {})[name] = file.get_tensor(key)
-    except Exception as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}); delete it to start over") from error
     if plain.get("version") != VERSION:
         raise ValueError(f"{path} has version {plain.get('version')!r}, expected {VERSION}; delete it to start over")

@@ -202,6 +202,7 @@ class _Run:
             raise ValueError("model has no parameter that requires a gradient: nothing to train")
         self.parameters = [p for group in groups for p in group["params"]]
         self.device = self.parameters[0].device
+        self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0)
         else:

@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -265,7 +266,7 @@ def test_schedule_rises_and_falls() -> None:
     assert rates[19] == pytest.approx(1.0) == pytest.approx(max(rates))
     assert rates[60] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[20:]))
 
 
 def test_bfloat16_autocast_reaches_model_and_teacher() -> None:
