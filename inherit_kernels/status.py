@@ -11,8 +11,9 @@ from importlib import metadata
 import torch
 
 from inherit_kernels import _native
+from inherit_kernels.common.checks import DTYPES
 from inherit_kernels.dispatch import device_slug, forced_backend, table_path
-from inherit_kernels.registry import OPS
+from inherit_kernels.registry import OPS, Problem
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,27 @@ def _version() -> str:
     import inherit_kernels
 
     return inherit_kernels.__version__
+
+
+def support_table() -> str:
+    """Which backend of which op serves which device and dtype, with its backward, as a Markdown table.
+
+    Generated from the registry; the README holds a copy that a test compares.
+    """
+    lines = ["| op | backend | CPU | CUDA | backward |", "|---|---|---|---|---|"]
+    for op, spec in OPS.items():
+        for name, backend in spec.backends.items():
+            served = [
+                ", ".join(_short(dtype) for dtype in DTYPES if backend.supports(_somewhere(op, dtype, device)) is None) or "–"
+                for device in ("cpu", "cuda")
+            ]
+            lines.append(f"| `{op}` | {name} | {served[0]} | {served[1]} | yes |")
+    return "\n".join(lines)
+
+
+def _somewhere(op: str, dtype: torch.dtype, device: str) -> Problem:
+    return Problem(op, dtype, torch.device(device), {}, (), False)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

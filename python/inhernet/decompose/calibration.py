@@ -55,8 +55,7 @@ def collect_moments(
     projections: int = 1,
     seed: int = 0,
 ) -> dict[Key, Moments]:
-    """One pass over the data; the model's flags, buffers and gradients are as before afterwards, also after an
-    exception.
+    """One pass over the data; flags, buffers and gradients of the model are as before afterwards, on any exit.
 
     For "fisher" every floating tensor of the model's output (or of `output_fn(output)`) is projected on Gaussian
     directions, padded tokens left out and each tensor scaled by its RMS; the gradients g at the layers' outputs give
@@ -215,6 +214,8 @@ def _hook(sums: _Sums, masks: list[Tensor], leaves: list[Tensor]) -> Callable[..
             for vectors, squares, _ in captured:
                 sums.add(vectors, squares)
             return None
+        if not torch.is_grad_enabled():
+            return None  # the model runs this part under no_grad: no gradient will ever arrive
         if not output.requires_grad:
             # The parameters are frozen, so the first layers start the graph.
             leaves.append(output.detach().requires_grad_())

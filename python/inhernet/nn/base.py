@@ -135,6 +135,17 @@ class LowRankModule(nn.Module):
         self.unpack()
         return self
 
+    @property
+    def weight(self) -> Tensor:
+        """The equal dense weight, shaped as the source layer's and computed at each access.
+
+        For code that looks into a layer, as transformers does for its dtype (ViT, CLIP, T5); the forward never uses it.
+
+        Raises:
+            ValueError: several heads are mixed by a gate that reads the input; keep such a layer dense with `exclude`.
+        """
+        return self.dense_weight()[0].view(self.up.shape[-2], *self.down.shape[1:])
+
     @torch.no_grad()
     def dense_weight(self) -> tuple[Tensor, Tensor | None]:
         """The equal dense weight `[N, K]` and bias `[N]`, computed in float64 and returned in the module's dtype.

@@ -6,7 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-
 from inhernet.demos import minilm
 
 needs_encoder = pytest.mark.skipif(

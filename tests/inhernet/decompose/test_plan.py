@@ -67,7 +67,13 @@ def test_rules_and_their_precedence(net):
 
 
 @pytest.mark.parametrize(
-    "where", [{"rules": {"re:encoder.*": 4}}, {"exclude": ("first",)}, {"rules": {"head.weight": 4}}]
+    "where",
+    [
+        {"rules": {"re:encoder.*": 4}},
+        {"exclude": ("first",)},
+        {"exclude": ("re:first",)},
+        {"rules": {"head.weight": 4}},
+    ],
 )
 def test_a_pattern_without_match_is_an_error(net, where):
     name = next(iter(next(iter(where.values()))))
@@ -212,6 +218,22 @@ def test_layers_the_data_does_not_reach_stay_dense(net, data):
     net.unused = nn.Linear(32, 32)
     p = inhernet.plan(net, calibration=data)
     assert "does not reach" in p["unused"].reason
+
+
+def test_parts_run_under_no_grad_stay_dense(data):
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.free = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.frozen(x)
+            return self.free(x)
+
+    p = inhernet.plan(Half(), InheritConfig(budget=UniformRank(4)), calibration=data)
+    assert "does not reach" in p["frozen"].reason
+    assert p["free"].rank == 4
 
 
 def test_output_fn_decides_what_counts(data):
