@@ -41,9 +41,8 @@ class CannotBuild(Exception):
 def find_torch():
     """The folder of torch and its version, without importing it: build isolation hides it from the path."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    places += [site.getusersitepackages(), sysconfig.get_path("purelib", vars=base)]
-    for place in places:
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    for place in [*sys.path, *places, sysconfig.get_path("purelib", vars=base)]:
         version_file = Path(place or ".") / "torch" / "version.py"
         if not version_file.is_file():
             continue
@@ -138,48 +137,37 @@ class Plan:
 
     def _add(self, name, source, command):
         target = self.folder / name
-        self.steps.append(
-            (target, source, [*command, "-MMD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)])
-        )
+        depfile = ["-MMD", "-MF", f"{target}.d"]
+        self.steps.append((target, source, [*command, *depfile, "-c", str(source), "-o", str(target)]))
 
     def run(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS", "") or os.cpu_count() or 1)
         ninja = shutil.which("ninja")
-        if ninja:
+        if ninja:  # recompiles what changed
             (self.folder / "build.ninja").write_text(self._ninja())
-            return self._call([ninja, "-C", str(self.folder), "-j", str(jobs)])
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(self._call, [command for _, _, command in self.steps]))
-        self._call(self.link)
+            call([ninja, "-C", str(self.folder), "-j", str(jobs)])
+        else:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(call, [command for _, _, command in self.steps]))
+            call(self.link)
 
     def _ninja(self):
-        def escape(value):
-            return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        def build(target, rule, inputs, command):
+            paths = [re.sub(r"([$ :])", r"$\1", str(path)) for path in (target, *inputs)]
+            return (
+                f"build {paths[0]}: {rule} {' '.join(paths[1:])}\n  line = {shlex.join(command).replace('$', '$$')}\n"
+            )
 
-        lines = [
-            "rule compile",
-            "  command = $line",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            "  command = $line",
-        ]
-        for target, source, command in self.steps:
-            line = shlex.join(command).replace("$", "$$")
-            lines += [f"build {escape(target)}: compile {escape(source)}", f"  line = {line}"]
-        objects = " ".join(escape(step[0]) for step in self.steps)
-        lines += [
-            f"build {escape(self.library)}: link {objects}",
-            f"  line = {shlex.join(self.link).replace('$', '$$')}",
-        ]
-        return "\n".join(lines) + "\n"
+        rules = "rule compile\n  command = $line\n  depfile = $out.d\n  deps = gcc\nrule link\n  command = $line\n"
+        steps = [build(target, "compile", [source], command) for target, source, command in self.steps]
+        return "".join([rules, *steps, build(self.library, "link", [step[0] for step in self.steps], self.link)])
 
-    @staticmethod
-    def _call(command):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise CannotBuild(f"compiling failed, the end of the output: {done.stdout.strip()[-2000:]}")
+
+def call(command):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise CannotBuild(f"compiling failed, the end of the output: {done.stdout.strip()[-2000:]}")
 
 
 class BuildNative(build_ext):
@@ -194,7 +182,7 @@ class BuildNative(build_ext):
             notes["error"] = "INHERIT_KERNELS_BUILD=none was set when this package was installed: unset it to build"
         for kind in {"auto": ("cuda", "cpu"), "none": ()}.get(MODE, (MODE,)):
             try:
-                plan = Plan(ROOT / "build" / ("native-debug" if DEBUG else "native") / kind, kind == "cuda")
+                plan = Plan(ROOT / "build" / ("native-debug" if DEBUG else "native"), kind == "cuda")
                 plan.run()
                 shutil.copyfile(plan.library, target)
                 notes["error"] = None

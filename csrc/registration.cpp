@@ -6,31 +6,40 @@
 STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
   // x [..., K], down [R, K], up [N, R], bias [N], residual and y [..., N], t [..., R]
   m.def("lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int activation) -> Tensor");
-  m.def("lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int activation)"
-        " -> (Tensor y, Tensor t)");
-  m.def("lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
-        " Tensor? bias, Tensor? residual, int activation) -> Tensor");
-  m.def("lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, bool need_dx, bool need_down,"
-        " bool need_up, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_bias)");
+  m.def(
+      "lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int activation)"
+      " -> (Tensor y, Tensor t)");
+  m.def(
+      "lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
+      " Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, bool need_dx, bool need_down,"
+      " bool need_up, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_bias)");
 
   // up [H, N, R], gate_weight [H, R], gate_bias [H], bias [H, N]
-  m.def("gated_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
-        " Tensor? residual, int activation) -> Tensor");
-  m.def("gated_lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
-        " Tensor? bias, Tensor? residual, int activation) -> (Tensor y, Tensor t)");
-  m.def("gated_lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
-        " Tensor gate_weight, Tensor? gate_bias, Tensor? bias, Tensor? residual, int activation) -> Tensor");
-  m.def("gated_lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, Tensor gate_weight,"
-        " Tensor? gate_bias, Tensor? bias, bool need_dx, bool need_down, bool need_up, bool need_gate_weight,"
-        " bool need_gate_bias, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight,"
-        " Tensor d_gate_bias, Tensor d_bias)");
+  m.def(
+      "gated_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
+      " Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "gated_lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
+      " Tensor? bias, Tensor? residual, int activation) -> (Tensor y, Tensor t)");
+  m.def(
+      "gated_lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
+      " Tensor gate_weight, Tensor? gate_bias, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "gated_lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, Tensor gate_weight,"
+      " Tensor? gate_bias, Tensor? bias, bool need_dx, bool need_down, bool need_up, bool need_gate_weight,"
+      " bool need_gate_bias, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight,"
+      " Tensor d_gate_bias, Tensor d_bias)");
 
   // t [B, R, Ho, Wo], residual and y [B, N, Ho, Wo]; y and dt in the stated (t's) memory format
-  m.def("gated_lowrank_conv2d_mix(Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
-        " Tensor? residual, int activation, bool channels_last) -> Tensor");
-  m.def("gated_lowrank_conv2d_mix_backward(Tensor dz, Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
-        " Tensor? bias, bool need_up, bool need_gate_weight, bool need_gate_bias, bool need_bias) -> (Tensor dt,"
-        " Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias, Tensor d_bias)");
+  m.def(
+      "gated_lowrank_conv2d_mix(Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
+      " Tensor? residual, int activation, bool channels_last) -> Tensor");
+  m.def(
+      "gated_lowrank_conv2d_mix_backward(Tensor dz, Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
+      " Tensor? bias, bool need_up, bool need_gate_weight, bool need_gate_bias, bool need_bias) -> (Tensor dt,"
+      " Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias, Tensor d_bias)");
 
   // A weight [J, D] as panels for the active instruction set; up of a gated op is packed as [N, H * R].
   m.def("pack_panels(Tensor weight) -> Tensor");

@@ -8,11 +8,19 @@ namespace inherit_kernels {
 namespace {
 
 #ifdef INHERIT_KERNELS_CUDA
-std::string build_info() { return cuda_build_info(); }
-std::string self_test() { return cuda_self_test(); }
+std::string build_info() {
+  return cuda_build_info();
+}
+std::string self_test() {
+  return cuda_self_test();
+}
 #else
-std::string build_info() { return ""; }
-std::string self_test() { return "the native library was built without CUDA"; }
+std::string build_info() {
+  return "";
+}
+std::string self_test() {
+  return "the native library was built without CUDA";
+}
 #endif
 
 }  // namespace

@@ -25,7 +25,9 @@ constexpr int kRows = 6;
 #endif
 constexpr int kPanel = kWide * kLanes;
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // ---- products
 
@@ -75,8 +77,8 @@ constexpr Tile kTiles[2][kRows] = {
     {tile<1, true>, tile<2, true>, tile<3, true>, tile<4, true>, tile<5, true>, tile<6, true>}};
 #endif
 
-void product(const float* a, int64_t lda, bool transposed, int64_t rows, int64_t depth, const float* b,
-             int64_t b_depth, int64_t b_panel, int64_t panels, float* c, int64_t ldc, bool accumulate) {
+void product(const float* a, int64_t lda, bool transposed, int64_t rows, int64_t depth, const float* b, int64_t b_depth,
+             int64_t b_panel, int64_t panels, float* c, int64_t ldc, bool accumulate) {
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t i = 0; i < rows; i += kRows) {
       int64_t count = min64(kRows, rows - i);
@@ -231,8 +233,8 @@ void load(MatrixView x, int64_t i0, int64_t rows, int64_t d0, int64_t depth, flo
 // ---- epilogues
 
 template <Activation kind, class T>
-void finish_typed(const float* c, int64_t ldc, int64_t rows, int64_t cols, const T* residual, int64_t row,
-                  int64_t col, T* out, int64_t ldo) {
+void finish_typed(const float* c, int64_t ldc, int64_t rows, int64_t cols, const T* residual, int64_t row, int64_t col,
+                  T* out, int64_t ldo) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* c_row = c + i * ldc;
     const T* r_row = residual ? residual + i * row : nullptr;
@@ -264,11 +266,16 @@ void finish_activation(const float* c, int64_t ldc, int64_t rows, int64_t cols, 
   const T* r = static_cast<const T*>(residual.data);
   int64_t row = residual.row_stride, col = residual.col_stride;
   switch (activation) {
-    case Activation::kNone: return finish_typed<Activation::kNone>(c, ldc, rows, cols, r, row, col, out, ldo);
-    case Activation::kRelu: return finish_typed<Activation::kRelu>(c, ldc, rows, cols, r, row, col, out, ldo);
-    case Activation::kGelu: return finish_typed<Activation::kGelu>(c, ldc, rows, cols, r, row, col, out, ldo);
-    case Activation::kGeluTanh: return finish_typed<Activation::kGeluTanh>(c, ldc, rows, cols, r, row, col, out, ldo);
-    case Activation::kSilu: return finish_typed<Activation::kSilu>(c, ldc, rows, cols, r, row, col, out, ldo);
+    case Activation::kNone:
+      return finish_typed<Activation::kNone>(c, ldc, rows, cols, r, row, col, out, ldo);
+    case Activation::kRelu:
+      return finish_typed<Activation::kRelu>(c, ldc, rows, cols, r, row, col, out, ldo);
+    case Activation::kGelu:
+      return finish_typed<Activation::kGelu>(c, ldc, rows, cols, r, row, col, out, ldo);
+    case Activation::kGeluTanh:
+      return finish_typed<Activation::kGeluTanh>(c, ldc, rows, cols, r, row, col, out, ldo);
+    case Activation::kSilu:
+      return finish_typed<Activation::kSilu>(c, ldc, rows, cols, r, row, col, out, ldo);
   }
 }
 

@@ -18,7 +18,9 @@ Tensor pack_panels(Tensor weight) {
   return panels;
 }
 
-std::string cpu_isa() { return active_kernels().name; }
+std::string cpu_isa() {
+  return active_kernels().name;
+}
 
 }  // namespace
 }  // namespace inherit_kernels

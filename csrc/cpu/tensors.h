@@ -65,10 +65,10 @@ inline Tensor empty_cpu(const Sizes& sizes, Dtype dtype, Sizes strides = {}) {
     }
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      dtype == Dtype::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype == Dtype::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

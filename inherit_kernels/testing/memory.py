@@ -14,7 +14,7 @@ from torch.utils import deterministic
 def poisoned_memory() -> Iterator[None]:
     """Inside the block, memory that torch allocates uninitialised is NaN (integers: the largest value).
 
-    The native library allocates through torch, so its outputs and scratch are covered.
+    Outputs of the native library are covered; its scratch is its own, and NaN in a build with DEBUG=1.
 
     Example:
         >>> import torch

@@ -319,7 +319,7 @@ def _validation(
 
     def validate(model: nn.Module) -> dict[str, float]:
         figures = evaluate(model, loader, teacher)
-        return {f"val_{name}": value for name, value in figures.items() if name != "teacher_accuracy"}
+        return {f"val_{name}": figures[name] for name in ("accuracy", "loss", "kl") if name in figures}
 
     return validate
 

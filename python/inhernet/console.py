@@ -14,6 +14,8 @@ from rich.table import Table
 
 # In a pipe there is no window to fit: a table must not lose columns to rich's default of 80.
 PIPE_WIDTH = 200
+# A text column may be folded down to this width.
+FOLD = 32
 
 
 def console(stderr: bool = False) -> Console:
@@ -29,14 +31,40 @@ def say(text: str = "", *, stderr: bool = False) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> None:
-    """Print a table; columns whose index is in `left` are left-aligned, the others right-aligned."""
+    """Print a table; columns whose index is in `left` are text, aligned left; the others are figures.
+
+    What is too wide for the window goes on in a second table below.
+    """
     out = console()
-    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
+    cells = [[str(cell) for cell in row] for row in rows]
+    for group in _groups(columns, cells, left, out.width):
+        _print(out, title, [columns[i] for i in group], [[row[i] for i in group] for row in cells], group, left)
+        title = ""
+
+
+def _groups(columns: Sequence[str], cells: list[list[str]], left: Sequence[int], window: int) -> list[list[int]]:
+    """Column indices per table: one if all fit the window, else several that all begin with the first column."""
+    widths = [max(map(len, (column, *(row[i] for row in cells)))) + 3 for i, column in enumerate(columns)]
+    widths = [min(width, FOLD) if index in left else width for index, width in enumerate(widths)]
+    groups, used = [[0]], widths[0]
+    for index in range(1, len(columns)):
+        if used + widths[index] > window and len(groups[-1]) > 1:
+            groups.append([0])
+            used = widths[0]
+        groups[-1].append(index)
+        used += widths[index]
+    return groups
+
+
+def _print(
+    out: Console, title: str, columns: list[str], cells: list[list[str]], group: list[int], left: Sequence[int]
+) -> None:
+    result = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in zip(group, columns, strict=True):
         # no_wrap: a figure cut in two lines cannot be read; a narrow window folds the text columns only.
         result.add_column(column, justify="left" if index in left else "right", no_wrap=index not in left)
-    for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+    for row in cells:
+        result.add_row(*row)
     with out.capture() as drawn:
         out.print(result)
     # Rich pads every line to the table's width; in a log the padding is noise.
@@ -48,7 +76,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 
 class Steps:
-    """A running count: `advance()` per step, `line(text)` for a finished epoch. A bar on a terminal, else lines."""
+    """A running count: `advance()` per step moves the bar, if there is one; `line(text)` stays above it."""
 
     def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
         self._bar = bar
@@ -61,7 +89,7 @@ class Steps:
 
     def line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{self._description}  {text}")
+            self._bar.console.print(f"{self._description}  {text}", soft_wrap=True)
         else:
             say(f"{self._description}  {text}")
 
@@ -80,7 +108,7 @@ def progress(description: str, total: int | None = None, enabled: bool = True) -
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console(stderr=True)) as bar:
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
             yield Steps(bar, description, total)
 
 

@@ -25,7 +25,8 @@ int failures = 0;
 
 // A tensor in the dtype under test with its values in double precision.
 struct Data {
-  Data(int64_t count, Dtype dtype, double scale = 1.0) : dtype(dtype), values(count), bytes(count * element_size(dtype)) {
+  Data(int64_t count, Dtype dtype, double scale = 1.0)
+      : dtype(dtype), values(count), bytes(count * element_size(dtype)) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < count; ++i) {
       float x = static_cast<float>(normal(generator) * scale);
@@ -133,10 +134,20 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
   Scratch down_panels(round_up(s.rank, k.nr) * s.in), up_panels(round_up(s.out, k.nr) * s.heads * s.rank);
   pack_all(run, down.view(s.in), s.rank, s.in, down_panels.get());
   pack_all_heads(run, heads, s.heads, s.rank, s.out, up_panels.get());
-  LinearForward f{s, x.view(s.in), down.view(s.in), heads, packed ? down_panels.get() : nullptr,
-                  packed ? up_panels.get() : nullptr, gated ? gate.view(s.rank) : none,
-                  gated ? gate_bias.view(0) : none, bias.view(s.out), residual.view(s.out), Activation::kRelu, dtype,
-                  y_out.data(), t_out.data()};
+  LinearForward f{s,
+                  x.view(s.in),
+                  down.view(s.in),
+                  heads,
+                  packed ? down_panels.get() : nullptr,
+                  packed ? up_panels.get() : nullptr,
+                  gated ? gate.view(s.rank) : none,
+                  gated ? gate_bias.view(0) : none,
+                  bias.view(s.out),
+                  residual.view(s.out),
+                  Activation::kRelu,
+                  dtype,
+                  y_out.data(),
+                  t_out.data()};
   linear_forward(run, f);
   compare("linear y", y_out, y);
   compare("linear t", t_out, t);
@@ -144,10 +155,22 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
   Data dz(s.rows * s.out, dtype), t_in(s.rows * s.rank, dtype);
   Output dx(s.rows * s.in, dtype), d_down(s.rank * s.in, dtype), d_up(s.heads * s.out * s.rank, dtype);
   Output d_gate(s.heads * s.rank, dtype), d_gate_bias(s.heads, dtype), d_bias(s.heads * s.out, dtype);
-  LinearBackward b{s, dz.view(s.out), x.view(s.in), t_in.view(s.rank), down.view(s.in), heads,
-                   gated ? gate.view(s.rank) : none, gated ? gate_bias.view(0) : none, gated ? bias.view(s.out) : none,
-                   dtype, dx.data(), d_down.data(), d_up.data(), gated ? d_gate.data() : nullptr,
-                   gated ? d_gate_bias.data() : nullptr, d_bias.data()};
+  LinearBackward b{s,
+                   dz.view(s.out),
+                   x.view(s.in),
+                   t_in.view(s.rank),
+                   down.view(s.in),
+                   heads,
+                   gated ? gate.view(s.rank) : none,
+                   gated ? gate_bias.view(0) : none,
+                   gated ? bias.view(s.out) : none,
+                   dtype,
+                   dx.data(),
+                   d_down.data(),
+                   d_up.data(),
+                   gated ? d_gate.data() : nullptr,
+                   gated ? d_gate_bias.data() : nullptr,
+                   d_bias.data()};
   LinearBackwardPass(run, b).run();
   // d_bias and d_up follow from t and dz alone; dx and the rest are checked for finiteness here, for value in Python.
   Doubles want_bias(s.heads * s.out), want_up(s.heads * s.out * s.rank);
@@ -171,7 +194,8 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
 void mix(MixShape s, Dtype dtype, bool t_last, bool y_last, int64_t threads) {
   int64_t count = s.batch * s.positions;
   Data t(count * s.rank, dtype), up(s.heads * s.out * s.rank, dtype), gate(s.heads * s.rank, dtype);
-  Data gate_bias(s.heads, dtype), bias(s.heads * s.out, dtype), residual(count * s.out, dtype), dz(count * s.out, dtype);
+  Data gate_bias(s.heads, dtype), bias(s.heads * s.out, dtype), residual(count * s.out, dtype),
+      dz(count * s.out, dtype);
   auto at = [&](bool last, int64_t b, int64_t p, int64_t c, int64_t channels) {
     return last ? (b * s.positions + p) * channels + c : (b * channels + c) * s.positions + p;
   };
@@ -204,12 +228,32 @@ void mix(MixShape s, Dtype dtype, bool t_last, bool y_last, int64_t threads) {
   Output out(count * s.out, dtype), dt(count * s.rank, dtype), d_up(s.heads * s.out * s.rank, dtype);
   Output d_gate(s.heads * s.rank, dtype), d_gate_bias(s.heads, dtype), d_bias(s.heads * s.out, dtype);
   HeadsView heads{up.view(s.rank), s.out * s.rank};
-  MixForward f{s, images(t, t_last, s.rank), heads, gate.view(s.rank), gate_bias.view(0), bias.view(s.out),
-               images(residual, y_last, s.out), Activation::kNone, dtype, out.data(), y_last};
+  MixForward f{s,
+               images(t, t_last, s.rank),
+               heads,
+               gate.view(s.rank),
+               gate_bias.view(0),
+               bias.view(s.out),
+               images(residual, y_last, s.out),
+               Activation::kNone,
+               dtype,
+               out.data(),
+               y_last};
   mix_forward(run, f);
   compare("mix y", out, y);
-  MixBackward b{s, images(dz, y_last, s.out), images(t, t_last, s.rank), heads, gate.view(s.rank), gate_bias.view(0),
-                bias.view(s.out), dtype, t_last, dt.data(), d_up.data(), d_gate.data(), d_gate_bias.data(),
+  MixBackward b{s,
+                images(dz, y_last, s.out),
+                images(t, t_last, s.rank),
+                heads,
+                gate.view(s.rank),
+                gate_bias.view(0),
+                bias.view(s.out),
+                dtype,
+                t_last,
+                dt.data(),
+                d_up.data(),
+                d_gate.data(),
+                d_gate_bias.data(),
                 d_bias.data()};
   MixBackwardPass(run, b).run();
   compare("mix d_bias", d_bias, want_bias);

@@ -17,8 +17,8 @@ struct MixBackward {
   HeadsView up;
   MatrixView gate_weight, gate_bias, bias;
   Dtype dtype;
-  bool channels_last;  // of dt
-  void* dt;            // dense
+  bool channels_last;                                 // of dt
+  void* dt;                                           // dense
   void *d_up, *d_gate_weight, *d_gate_bias, *d_bias;  // contiguous; null: not needed
 };
 
@@ -152,7 +152,8 @@ class MixBackwardPass {
         store_transposed(k_, sums, ld_out_, s_.rank, s_.out, out, a_.dtype, s_.rank);
       }
       if (a_.d_bias) {
-        k_.store(sums + s_.rank * ld_out_, ld_out_, 1, s_.out, element(a_.d_bias, a_.dtype, h * s_.out), a_.dtype, s_.out);
+        k_.store(sums + s_.rank * ld_out_, ld_out_, 1, s_.out, element(a_.d_bias, a_.dtype, h * s_.out), a_.dtype,
+                 s_.out);
       }
     }
     if (s_.positions == 0) std::fill(dlogits_.get(), dlogits_.get() + s_.batch * s_.heads, 0.0f);

@@ -13,9 +13,9 @@ struct LinearShape {
 
 struct LinearForward {
   LinearShape shape;
-  MatrixView x;            // [rows, in]
-  MatrixView down;         // [rank, in], unless packed
-  HeadsView up;            // [heads, out, rank], unless packed
+  MatrixView x;              // [rows, in]
+  MatrixView down;           // [rank, in], unless packed
+  HeadsView up;              // [heads, out, rank], unless packed
   const float* down_panels;  // null: not packed
   const float* up_panels;
   MatrixView gate_weight;  // [heads, rank]; absent in the plain op
@@ -96,8 +96,8 @@ inline HeadsOperand gate_rows(const Kernels& k, const LinearShape& s, const Gate
 
 inline void finish_block(const Kernels& k, const LinearForward& f, const float* c, int64_t ldc, int64_t i0,
                          int64_t rows, int64_t j0, int64_t cols) {
-  k.finish(c, ldc, rows, cols, shifted(f.residual, i0, j0), f.activation,
-           element(f.y, f.dtype, i0 * f.shape.out + j0), f.dtype, f.shape.out);
+  k.finish(c, ldc, rows, cols, shifted(f.residual, i0, j0), f.activation, element(f.y, f.dtype, i0 * f.shape.out + j0),
+           f.dtype, f.shape.out);
 }
 
 // Many rows: blocks of rows go to the threads, t never leaves a block's scratch.

@@ -94,7 +94,8 @@ class LinearBackwardPass {
 
   // Fills scaled, dt and dlogits of the chunk, and dx.
   void rows_of_chunk(int64_t m0, int64_t chunk) {
-    int64_t block_rows = std::min<int64_t>(48, round_up(ceil_div(std::max<int64_t>(chunk, 1), runtime_.threads), k_.mr));
+    int64_t block_rows =
+        std::min<int64_t>(48, round_up(ceil_div(std::max<int64_t>(chunk, 1), runtime_.threads), k_.mr));
     int64_t ldv = v_panels_ * k_.nr;
     double work = 2.0 * chunk * s_.rank * (s_.heads * s_.out + s_.in);
     parallel(runtime_, ceil_div(chunk, block_rows), work, [&](int64_t begin, int64_t end) {
@@ -139,8 +140,8 @@ class LinearBackwardPass {
       softmax_backward(g_row, dg.data(), s_.heads, dlogits + i * ld_gate_);
       k_.mix(v_row, ld_rank_, g_row, s_.heads, ld_rank_, dt + i * ld_rank_);
     }
-    multiply(k_, dlogits, ld_gate_, false, rows, s_.heads, gate_rows_.get(), ld_rank_, k_.nr, rank_panels_, dt, ld_rank_,
-             true);
+    multiply(k_, dlogits, ld_gate_, false, rows, s_.heads, gate_rows_.get(), ld_rank_, k_.nr, rank_panels_, dt,
+             ld_rank_, true);
   }
 
   void store_dx(const float* dt, int64_t i0, int64_t rows, float* c) {
@@ -218,9 +219,9 @@ class LinearBackwardPass {
   GateOperands gate_;
   bool wants_up_, wants_dt_, bias_in_gate_;
   int64_t rank_panels_, ld_rank_, ld_gate_, v_panels_, width_, chunk_;
-  Scratch up_panels_, down_panels_, gate_rows_;   // operands
-  Scratch scaled_, dt_, dlogits_;                 // of one chunk
-  Scratch sum_up_, sum_down_, sum_gate_;          // [heads (rank + 1), out], [rank, in], [heads, rank]
+  Scratch up_panels_, down_panels_, gate_rows_;  // operands
+  Scratch scaled_, dt_, dlogits_;                // of one chunk
+  Scratch sum_up_, sum_down_, sum_gate_;         // [heads (rank + 1), out], [rank, in], [heads, rank]
   std::vector<double> sum_gate_bias_;
 };
 

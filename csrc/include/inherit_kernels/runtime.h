@@ -27,9 +27,7 @@ template <class F>
 void parallel(const Runtime& runtime, int64_t count, double work, const F& body) {
   if (count == 0) return;
   if (count == 1 || runtime.threads == 1 || work < kSerialWork) return body(int64_t{0}, count);
-  RangeFunction call = [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<const F*>(context))(begin, end);
-  };
+  RangeFunction call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   runtime.parallel_for(count, call, const_cast<F*>(&body));
 }
 
@@ -54,9 +52,15 @@ class Scratch {
   float* data_;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 inline const void* element(const void* data, Dtype dtype, int64_t index) {
   return static_cast<const char*>(data) + index * element_size(dtype);
@@ -71,6 +75,8 @@ inline MatrixView shifted(MatrixView view, int64_t row, int64_t col) {
   return view;
 }
 
-inline MatrixView transposed(MatrixView view) { return {view.data, view.dtype, view.col_stride, view.row_stride}; }
+inline MatrixView transposed(MatrixView view) {
+  return {view.data, view.dtype, view.col_stride, view.row_stride};
+}
 
 }  // namespace inherit_kernels

@@ -22,7 +22,9 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UInts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec broadcast(float value) {
+  return Vec{} + value;
+}
 
 inline Vec load_vec(const float* p) {
   Vec v;
@@ -30,7 +32,9 @@ inline Vec load_vec(const float* p) {
   return v;
 }
 
-inline void store_vec(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store_vec(float* p, Vec v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 
 inline Vec load_vec(const uint16_t* p) {
   Halves h;
@@ -61,7 +65,9 @@ inline void store_part(T* p, Vec v, int64_t count) {
   for (int64_t k = 0; k < count; ++k) p[k] = lane[k];
 }
 
-inline float to_float(float x) { return x; }
+inline float to_float(float x) {
+  return x;
+}
 
 inline float to_float(uint16_t x) {
   uint32_t bits = uint32_t(x) << 16;

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,12 +114,13 @@ def compare(config: DigitsConfig, split: int, seed: int, show: bool = True) -> l
     teacher = digits_teacher(config.depth, config.widths)
     rows = [train("teacher", teacher, config.teacher, None)]
     smallest = min(config.budgets)
-    inherited, statistics = [], None
+    inherited: list[Row] = []
+    plan = None
     for share in sorted(config.budgets, reverse=True):
         for heads in config.heads:
             started = time.perf_counter()
-            statistics = plan_for(teacher, data, share, heads, seed, statistics)
-            model = inhernet.inherit(teacher, statistics)
+            plan = plan_for(teacher, data, share, heads, seed, plan)
+            model = inhernet.inherit(teacher, plan)
             seconds = time.perf_counter() - started
             title = f"inherited {share:.0%}, {heads} head{'s' if heads > 1 else ''}"
             inherited.append(train(title, model, config.tuning, teacher))
@@ -258,22 +259,27 @@ def run(
 
         require_matplotlib()
     started = time.perf_counter()
-    runs = [
-        ((split, seed), compare(config, split, seed, show=True)) for split in range(splits) for seed in range(seeds)
-    ]  # fmt: skip
-    trained = time.perf_counter() - started
-    rows = runs[0][1]
+    runs = {
+        f"split {split}, seed {seed}": compare(config, split, seed) for split in range(splits) for seed in range(seeds)
+    }
+    trained = time.perf_counter()
+    rows = next(iter(runs.values()))
     extra = measure_latencies(rows, config)
+    timed = time.perf_counter()
     print_table(rows, extra)
-    print_goals([r for _, r in runs])
+    print_goals(runs)
     if len(runs) > 1:
-        print_spread([r for _, r in runs])
+        print_spread(list(runs.values()))
     save_results(directory, rows, extra, config)
     if picture:
         draw(rows, extra, directory / "digits.png")
     good = check_reload(directory)
-    total = time.perf_counter() - started
-    say(f"training {trained:.0f} s, all {total:.0f} s; model, picture and figures in {directory}")
+    phases = [trained - started, timed - trained, time.perf_counter() - timed]
+    compiled = " (torch.compile included)" if config.compile else ""
+    say(
+        f"{phases[0]:.0f} s training, {phases[1]:.0f} s latencies{compiled}, {phases[2]:.0f} s saving, drawing, loading"
+    )
+    say(f"model, picture and figures are in {directory}")
     return 0 if good else 1
 
 
@@ -287,7 +293,7 @@ def print_table(rows: Sequence[Row], extra: Sequence[Row]) -> None:
         "epoch 2",
         "final",
         "best*",
-        "train s",
+        "seconds",
         "ms b=1",
         "ms b=64",
     ]
@@ -301,19 +307,21 @@ def print_table(rows: Sequence[Row], extra: Sequence[Row]) -> None:
         cells = [figures(r.at(epoch)) if epoch < len(r.history) else "" for epoch in (0, 1, 2)]
         cells += [figures(r.history[-1]), f"{figures(r.best)} @{r.best['epoch']:.0f}"]
         share = f"{r.parameters:,} ({r.parameters / rows[0].parameters:.1%})"
-        lines.append([r.name, share, f"{r.macs / 1e6:.2f}", *cells, f"{r.seconds:.1f}", *milliseconds(r)])
+        seconds = f"{r.seconds:.1f}" if r.share is None else f"{r.convert_seconds:.1f} + {r.seconds:.1f}"
+        lines.append([r.name, share, f"{r.macs / 1e6:.2f}", *cells, seconds, *milliseconds(r)])
     lines += [[r.name, "", "", "", "", "", "", "", "", *milliseconds(r)] for r in extra]
     table("digits: test accuracy in % / KL to the teacher in nats, by epoch", columns, lines)
-    say("* the epoch that the validation images select; test images only report. Latency: median, eager unless said.")
+    say("* the epoch that the validation images select; test images only report. seconds: conversion + training.")
+    say("MMACs: million multiply-adds per image. ms: median latency at batch 1 and 64, eager unless said.")
 
 
 def milliseconds(row: Row) -> list[str]:
     return [f"{row.latency[size].p50:.2f}" if size in row.latency else "" for size in (1, 64)]
 
 
-def print_goals(runs: Sequence[Sequence[Row]]) -> None:
+def print_goals(runs: Mapping[str, Sequence[Row]]) -> None:
     """What the issue is about: where the inherited network starts, and when it has caught up with the student."""
-    for rows in runs:
+    for name, rows in runs.items():
         student, chosen = rows[1], inherited_smallest(rows)
         goal = student.history[-1]["kl"]
         epochs = epochs_to_reach(chosen, goal)
@@ -322,7 +330,7 @@ def print_goals(runs: Sequence[Sequence[Row]]) -> None:
         )
         start = chosen.at(0)
         say(
-            f"{chosen.name}: starts at {100 * start['accuracy']:.1f} %, KL {start['kl']:.3f}; reaches the "
+            f"{name}: {chosen.name} starts at {100 * start['accuracy']:.1f} %, KL {start['kl']:.3f}; reaches the "
             f"student's final KL {goal:.4f} (after {len(student.history) - 1} epochs) {taken}"
         )
 
@@ -339,11 +347,15 @@ def print_spread(runs: Sequence[Sequence[Row]]) -> None:
     lines = []
     for group in zip(*runs, strict=True):
         cells = []
-        for record in (lambda r: r.at(0), lambda r: r.history[-1]):
-            cells.append(spread([100 * record(r)["accuracy"] for r in group], ".1f"))
-            cells.append(spread([record(r)["kl"] for r in group], ".4f") if "kl" in group[0].at(0) else "")
+        for records in ([r.at(0) for r in group], [r.history[-1] for r in group], [r.best for r in group]):
+            cells.append(spread([100 * record["accuracy"] for record in records], ".1f"))
+            cells.append(spread([record["kl"] for record in records], ".4f") if "kl" in records[0] else "")
         lines.append([group[0].name, *cells])
-    columns = ["network", "accuracy % step 0", "KL step 0", "accuracy % final", "KL final"]
+    # The teacher that the others inherit from is the best epoch's.
+    columns = [
+        "network",
+        *(f"{figure} {when}" for when in ("step 0", "final", "best*") for figure in ("accuracy %", "KL")),
+    ]
     table(f"spread over {len(runs)} runs: mean ± sd (min-max)", columns, lines)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inhernet import ParamBudget, load
 from inhernet.demos import digits_plot
-from inhernet.demos.digits import DigitsConfig, Row, check_reload, compare_outputs, epochs_to_reach, run
+from inhernet.demos.digits import DigitsConfig, Row, check_reload, compare_outputs, epochs_to_reach, print_spread, run
 from inhernet.demos.digits_data import Images, digits, distort
 from inhernet.distill import TrainConfig
 from safetensors.torch import load_file, save_file
@@ -86,9 +86,10 @@ def test_splits_are_fixed_stratified_and_disjoint() -> None:
     assert sizes == [1257, 180, 360]
     rows = {tuple(image.flatten().tolist()) for part in (first.calibration, first.val, first.test) for image in part.x}
     assert len(rows) == 1797
-    shares = torch.bincount(first.test.y, minlength=10)
-    assert int(shares.min()) >= 34
-    assert int(shares.max()) <= 38
+    for part, least, most in ((first.test, 34, 38), (first.val, 17, 19)):
+        shares = torch.bincount(part.y, minlength=10)
+        assert int(shares.min()) >= least
+        assert int(shares.max()) <= most
 
 
 def test_training_images_are_distorted_and_the_rest_is_not() -> None:
@@ -99,6 +100,7 @@ def test_training_images_are_distorted_and_the_rest_is_not() -> None:
     assert y.shape == (64,)
     assert x.min() >= -1.0001
     assert x.max() <= 1.0001
+    assert not (x[:, None] == data.calibration.x[None]).flatten(2).all(-1).any()
     assert torch.equal(torch.cat([x for x, _ in data.test]), data.test.x)
     still = distort(data.test.x)
     change = (still - data.test.x).abs().mean()
@@ -120,6 +122,20 @@ def test_epochs_to_reach() -> None:
     assert epochs_to_reach(row, 0.05) is None
     assert row.best == history[3]
     assert replace(row, best_epoch=1).best == history[1]
+
+
+def test_spread_is_mean_deviation_and_range(capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(kl: float) -> list[Row]:
+        teacher = Row("teacher", None, [{"epoch": 0, "accuracy": 0.1}, {"epoch": 1, "accuracy": 0.99}], 1, 0, 0, 0.0)
+        history = [{"epoch": 0, "accuracy": 0.9, "kl": 1.0}, {"epoch": 1, "accuracy": 0.95, "kl": kl}]
+        return [teacher, Row("student", None, history, None, 0, 0, 0.0)]
+
+    print_spread([rows(0.1), rows(0.2), rows(0.6)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "spread over 3 runs: mean ± sd (min-max)" in lines
+    student = next(line for line in lines if "student" in line)
+    assert student.count("0.3000 ± 0.2646 (0.1000-0.6000)") == 2
+    assert "99.0 ± 0.0 (99.0-99.0)" in next(line for line in lines if "teacher" in line)
 
 
 def test_missing_matplotlib_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,182 @@
+"""Installing never fails for lack of something, and says what it left out.
+
+Each test builds a wheel from a copy of the sources, unpacks it and imports it from there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "inherit_kernels", "python"]
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="no wheel with the library was built: no C++ compiler")
+
+
+def copy_sources(folder):
+    folder.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return copy_sources(tmp_path / "sources")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder in which the library was built, and the wheel: one compilation for the tests that look at it."""
+    folder = copy_sources(tmp_path_factory.mktemp("built") / "sources")
+    done, wheel = build(folder, INHERIT_KERNELS_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    return folder, Path(shutil.copy(wheel, folder))
+
+
+def build(sources, python=sys.executable, **environment):
+    """(process, wheel or None)"""
+    clean = {k: v for k, v in os.environ.items() if k not in ("INHERIT_KERNELS_BUILD", "CXX", "PYTHONPATH", "DEBUG")}
+    out = sources.parent / "wheels"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [str(python), "setup.py", "-q", "bdist_wheel", "-d", str(out)]
+    done = subprocess.run(command, cwd=sources, env=clean | environment, capture_output=True, text=True)
+    wheels = list(out.glob("*.whl")) if out.is_dir() else []
+    return done, wheels[0] if wheels else None
+
+
+def status_of(wheel, tmp_path, **environment):
+    """What `status()` prints for the unpacked wheel, after one call of an op in a clean process."""
+    place = tmp_path / "unpacked"
+    shutil.rmtree(place, ignore_errors=True)
+    zipfile.ZipFile(wheel).extractall(place)
+    script = """
+import torch, inherit_kernels
+x, down, up = torch.randn(3, 8), torch.randn(2, 8), torch.randn(5, 2)
+torch.testing.assert_close(inherit_kernels.lowrank_linear(x, down, up), x @ down.T @ up.T)
+print(inherit_kernels.__file__)
+print(inherit_kernels.status())
+"""
+    environment = os.environ | {"PYTHONPATH": str(place)} | environment
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(place) in done.stdout
+    return done.stdout
+
+
+@NEEDS_COMPILER
+def test_with_a_compiler_the_wheel_carries_the_library_for_every_python(built, tmp_path):
+    sources, wheel = built
+    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "inherit_kernels/_C.abi3.so" in names
+    assert {name.split("/")[0] for name in names} == {"inherit_kernels", "inhernet", names[-1].split("/")[0]}
+    assert "native library   loaded, instruction set" in status_of(wheel, tmp_path)
+    # the same folder again, now without the library: nothing of the first build may stay
+    done, wheel = build(sources, INHERIT_KERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "inherit_kernels/_C.abi3.so" not in zipfile.ZipFile(wheel).namelist()
+    assert "INHERIT_KERNELS_BUILD=none" in status_of(wheel, tmp_path)
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(sources, tmp_path):
+    done, wheel = build(sources, CXX="/nowhere/g++", CUDA_HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    said = status_of(wheel, tmp_path)
+    assert "no C++ compiler was found (looked for /nowhere/g++): install one" in said
+
+
+def test_a_compiler_that_fails_leaves_a_pure_wheel_with_its_last_words(sources, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho broken on purpose\nexit 1\n")
+    compiler.chmod(0o755)
+    done, wheel = build(sources, CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "broken on purpose" in status_of(wheel, tmp_path)
+
+
+def test_without_torch_at_build_time_the_wheel_is_pure_and_says_so(sources, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    packages = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    installed = Path(setuptools.__file__).parent.parent
+    for part in [*installed.glob("setuptools*"), installed / "_distutils_hack"]:
+        (packages / part.name).symlink_to(part)
+    found = "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is not None)"
+    if subprocess.run([python, "-c", found]).returncode:
+        pytest.skip("a build without torch was not tested: the base interpreter has torch")
+    done, wheel = build(sources, python)
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "torch was not found when this package was installed" in status_of(wheel, tmp_path)
+
+
+def test_an_explicit_choice_that_cannot_be_met_fails(sources):
+    for kind, environment in (("cpu", {"CXX": "/nowhere/g++"}), ("cuda", {"CXX": "/nowhere/g++"}), ("all", {})):
+        done, wheel = build(sources, INHERIT_KERNELS_BUILD=kind, **environment)
+        assert done.returncode != 0
+        assert wheel is None
+        assert f"INHERIT_KERNELS_BUILD={kind}" in done.stderr or f"is '{kind}'" in done.stderr
+    done, wheel = build(sources, INHERIT_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="ninety")
+    assert done.returncode != 0
+    assert wheel is None
+
+
+@NEEDS_COMPILER
+def test_with_nvcc_the_cuda_part_is_built_and_loads_without_a_gpu(built, tmp_path):
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("no .cu file was compiled or linked: no nvcc on this machine")
+    done, wheel = build(built[0], INHERIT_KERNELS_BUILD="cuda")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"CUDA kernels +built", status_of(wheel, tmp_path))
+
+
+def test_a_library_that_does_not_load_is_reported_not_raised(sources, tmp_path):
+    done, wheel = build(sources, INHERIT_KERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("inherit_kernels/_C.abi3.so", b"not a library")
+    said = status_of(wheel, tmp_path)
+    assert "did not load" in said and "install this package again" in said
+
+
+@NEEDS_COMPILER
+@pytest.mark.skipif(shutil.which("nm") is None, reason="object files were not inspected: no nm")
+def test_the_files_of_an_instruction_set_share_no_symbol_with_the_others(built):
+    """A weak symbol in an AVX-512 object may be the copy that the linker keeps for all, and stop older machines."""
+    objects = sorted((built[0] / "build" / "native").glob("microkernels_*.o"))
+    assert objects
+    for file in objects:
+        symbols = subprocess.run(["nm", "-C", file], capture_output=True, text=True, check=True).stdout.splitlines()
+        defined = [line for line in symbols if re.search(r"^[0-9a-f]+ [A-Zuvw] ", line)]
+        assert len(defined) == 1, defined
+        assert defined[0].endswith(file.stem.replace("microkernels", "inherit_kernels::kernels")), defined
+
+
+def test_the_library_needs_nothing_newer_than_its_target():
+    """Every torch symbol that the library imports belongs to the C interface, which only grows."""
+    library = ROOT / "inherit_kernels" / "_C.abi3.so"
+    if not library.exists() or shutil.which("nm") is None:
+        pytest.skip("imported symbols were not inspected: no library in place, or no nm")
+    symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
+    foreign = [s for s in re.findall(r"U (\S+)", symbols) if re.match(r"_ZN\w*(c10|at|torch)", s)]
+    assert not foreign, foreign
+    assert "aoti_torch_get_data_ptr" in symbols
