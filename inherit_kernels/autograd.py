@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from inherit_kernels.common.activation import activate_outside
 from inherit_kernels.common.conv import in_format, memory_format_of
-from inherit_kernels.dispatch import _forced, forced_backend, select
+from inherit_kernels.dispatch import _forced, forced_backend, remember, select
 from inherit_kernels.registry import Backend, OpSpec, differentiate
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # 50 ns less than is_compiling; other tracers are dispatch modes
@@ -29,11 +29,11 @@ _forced_now = _forced.get
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def call(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
-    """Run an op on a complete argument list; the public functions end here."""
+def call(spec: OpSpec, args: tuple[Any, ...]) -> Tensor:
+    """Run an op on a complete argument list, tensors then options; the public functions end here."""
     if _is_compiling():
-        return _call_as_operator(spec, tensors, options)
-    x = tensors[0]
+        return _call_as_operator(spec, *spec.split(args))
+    x = args[0]
     if (
         type(x) not in _PLAIN
         or _dispatch_modes()
@@ -41,26 +41,36 @@ def call(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
         or _transforms_active()
         or forward_ad._current_level >= 0
     ):
-        return _call_specially(spec, tensors, options)
+        return _call_specially(spec, *spec.split(args))
     try:
-        if _grad_enabled() and needs_gradient(tensors):
-            return _call_differentiably(spec, tensors, options)
-        # `select` written out for the steady state: its frame costs 60 ns.
-        backend = spec.choices.get((x.dtype, x.device, x.shape, tensors[2].shape, options, False, _forced_now()))
-        if backend is None:
-            backend = select(spec, tensors, options, False, _forced_now())
-        if not backend.checks_arguments:
-            spec.check(*tensors, *options)
-        return backend.forward(*tensors, *options)
+        if _grad_enabled() and needs_gradient(args[: spec.tensor_count]):
+            return _call_differentiably(spec, *spec.split(args))
+        # The steady state: one look-up, then the implementation itself. Every name and frame here was measured.
+        key = (x.dtype, x.device, x.shape, args[2].shape, args[spec.tensor_count :], _forced_now())
+        forward = spec.forwards.get(key)
+        if forward is None:
+            forward = _remember_forward(spec, args, key)
+        return forward(*args)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
-        raise_named(spec, tensors, options)  # the good path pays nothing for the named error
+        raise_named(spec, args)  # the good path pays nothing for the named error
         raise
 
 
-def raise_named(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> None:
+def _remember_forward(spec: OpSpec, args: tuple[Any, ...], key: tuple[Any, ...]) -> Callable[..., Tensor]:
+    backend = select(spec, *spec.split(args), False, forced_backend())
+
+    def check_then_forward(*args: Any) -> Tensor:
+        spec.check(*args)
+        return backend.forward(*args)
+
+    forward = backend.forward if backend.checks_arguments else check_then_forward
+    return remember(spec.forwards, key, forward)
+
+
+def raise_named(spec: OpSpec, args: tuple[Any, ...]) -> None:
     """After a failure: raise the error that names the argument, if one was wrong."""
     try:
-        spec.check(*tensors, *options)
+        spec.check(*args)
     except (TypeError, ValueError) as error:
         raise error from None
 
@@ -95,7 +105,7 @@ def _call_specially(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[Any, 
     if _dispatch_modes() or type(tensors[0]) not in _PLAIN:
         return _call_as_operator(spec, tensors, options)
     with torch._C._DisableAutocast():  # autocast is on, but for another kind of device
-        return call(spec, tensors, options)
+        return call(spec, (*tensors, *options))
 
 
 def _device_type(tensors: Sequence[Any]) -> str:
@@ -110,8 +120,8 @@ def _call_under_autocast(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[
     operands = [_cast(operand, dtype) for operand in operands]
     with torch.autocast(device_type, enabled=False):
         if residual is None or residual.dtype == operands[0].dtype:
-            return call(spec, (*operands, residual), options)
-        z = call(spec, (*operands, None), (*options[:-1], None))
+            return call(spec, (*operands, residual, *options))
+        z = call(spec, (*operands, None, *options[:-1], None))
         if residual.shape != z.shape:
             expected = f"expected shape {list(z.shape)} (that of the output)"
             raise ValueError(f"residual: {expected}, got {list(residual.shape)}")

@@ -77,11 +77,17 @@ def select(
     key = (x.dtype, x.device, x.shape, tensors[2].shape, options, training, forced)
     choice = spec.choices.get(key)
     if choice is None:
-        if len(spec.choices) >= CHOICES_KEPT:
-            spec.choices.clear()
         name = _decide(spec, problem_of(spec, tensors, options, training), forced)
-        choice = spec.choices[key] = spec.backends[name]
+        choice = remember(spec.choices, key, spec.backends[name])
     return choice
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Put a choice into a cache of bounded size; returns it."""
+    if len(cache) >= CHOICES_KEPT:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 def problem_of(spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool) -> Problem:

@@ -88,10 +88,10 @@ def call_packed(spec: OpSpec, x: Tensor, packed: Packed, residual: Tensor | None
     tensors = (x, *packed.weights, residual)
     forced = autograd.forced_backend()
     if not packed.panels or forced not in (None, "native") or not autograd.is_plain_inference(tensors):
-        return autograd.call(spec, tensors, options)
+        return autograd.call(spec, (*tensors, *options))
     native: Any = spec.backends["native"]
     try:
         return native.forward_packed(x, packed.panels, packed.weights, residual, *options)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
-        autograd.raise_named(spec, tensors, options)
+        autograd.raise_named(spec, (*tensors, *options))
         raise

@@ -72,6 +72,11 @@ class OpSpec:
     default_options: tuple[Any, ...]
     normalise: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] = lambda tensors, options: (tensors, options)
     choices: dict[Any, Backend] = field(default_factory=dict)  # filled by dispatch.select
+    forwards: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)  # filled by autograd.call
+    tensor_count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensor_count", len(self.tensors))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -79,9 +84,8 @@ class OpSpec:
 
     def split(self, args: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         """The tensors and the options of a complete positional argument list."""
-        count = len(self.tensors)
-        options = (tuple(option) if isinstance(option, list) else option for option in args[count:])
-        return tuple(args[:count]), tuple(options)  # hashable: torch operators receive lists
+        options = (tuple(option) if isinstance(option, list) else option for option in args[self.tensor_count :])
+        return tuple(args[: self.tensor_count]), tuple(options)  # hashable: torch operators receive lists
 
 
 class ReferenceBackend:

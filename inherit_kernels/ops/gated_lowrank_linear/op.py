@@ -56,7 +56,7 @@ def gated_lowrank_linear(
     """
     if type(down) is Packed:
         return call_packed(SPEC, x, down, residual, (activation,))
-    return autograd.call(SPEC, (x, down, up, gate_weight, gate_bias, bias, residual), (activation,))
+    return autograd.call(SPEC, (x, down, up, gate_weight, gate_bias, bias, residual, activation))
 
 
 def check(

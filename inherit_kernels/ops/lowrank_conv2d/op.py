@@ -60,7 +60,7 @@ def lowrank_conv2d(
     if type(down) is Packed:
         y = call_packed(SPEC, tensors[0], down, tensors[-1], options)
     else:
-        y = autograd.call(SPEC, tensors, options)
+        y = autograd.call(SPEC, (*tensors, *options))
     return y.squeeze(0) if unbatched else y
 
 

@@ -48,7 +48,7 @@ def lowrank_linear(
     """
     if type(down) is Packed:
         return call_packed(SPEC, x, down, residual, (activation,))
-    return autograd.call(SPEC, (x, down, up, bias, residual), (activation,))
+    return autograd.call(SPEC, (x, down, up, bias, residual, activation))
 
 
 def check(
