@@ -46,9 +46,10 @@ def call(spec: OpSpec, args: tuple[Any, ...]) -> Tensor:
         if _grad_enabled() and needs_gradient(args[: spec.tensor_count]):
             return _call_differentiably(spec, *spec.split(args))
         # The steady state: one look-up, then the implementation itself. Every name and frame here was measured.
-        key = (x.dtype, x.device, x.shape, args[2].shape, args[spec.tensor_count :], _forced_now())
-        forward = spec.forwards.get(key)
-        if forward is None:
+        key = (x.dtype, x.is_cpu or x.device, x.shape, args[2].shape, args[spec.option_slice], _forced_now())
+        try:
+            forward = spec.forwards[key]
+        except KeyError:
             forward = _remember_forward(spec, args, key)
         return forward(*args)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):

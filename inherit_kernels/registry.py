@@ -74,9 +74,11 @@ class OpSpec:
     choices: dict[Any, Backend] = field(default_factory=dict)  # filled by dispatch.select
     forwards: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)  # filled by autograd.call
     tensor_count: int = field(init=False)
+    option_slice: slice = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensor_count", len(self.tensors))
+        object.__setattr__(self, "option_slice", slice(len(self.tensors), None))
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -320,7 +320,7 @@ def milliseconds(row: Row) -> list[str]:
 
 
 def print_goals(runs: Mapping[str, Sequence[Row]]) -> None:
-    """What the issue is about: where the inherited network starts, and when it has caught up with the student."""
+    """Where the inherited network starts, and when it has caught up with the student."""
     for name, rows in runs.items():
         student, chosen = rows[1], inherited_smallest(rows)
         goal = student.history[-1]["kl"]
