@@ -84,7 +84,8 @@ def support_table() -> str:
     for op, spec in OPS.items():
         for name, backend in spec.backends.items():
             served = [
-                ", ".join(_short(dtype) for dtype in DTYPES if backend.supports(_somewhere(op, dtype, device)) is None) or "–"
+                ", ".join(_short(dtype) for dtype in DTYPES if backend.supports(_somewhere(op, dtype, device)) is None)
+                or "–"
                 for device in ("cpu", "cuda")
             ]
             lines.append(f"| `{op}` | {name} | {served[0]} | {served[1]} | yes |")

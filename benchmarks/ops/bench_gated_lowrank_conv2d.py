@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inhernet.demos.published import published_layer
-from inhernet.nn import GatedLowRankConv2d
 
 from benchmarks.ops.common import bench, bench_baseline, parameters
 from inherit_kernels.ops.gated_lowrank_conv2d.cases import case
+from inhernet.demos.published import published_layer
+from inhernet.nn import GatedLowRankConv2d
 
 CASES = [
     case("b8_c64_56x56", (8,), 64, (56, 56), 64, 32, 3, (3, 3), padding=1),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inhernet.demos.published import published_layer
-from inhernet.nn import GatedLowRankLinear
 
 from benchmarks.ops.common import bench, bench_baseline, parameters
 from inherit_kernels.ops.gated_lowrank_linear.cases import case
+from inhernet.demos.published import published_layer
+from inhernet.nn import GatedLowRankLinear
 
 CASES = [
     case("1x1024", (1,), 1024, 1024, 64, 3),

@@ -15,8 +15,9 @@ import textwrap
 import time
 from pathlib import Path
 
-import inhernet
 import pytest
+
+import inhernet
 from inhernet import atomic
 
 KILLER = """

@@ -9,12 +9,13 @@ import random
 import threading
 from pathlib import Path
 
-import inhernet
 import pytest
 import torch
-from inhernet import architecture, models
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import inhernet
+from inhernet import architecture, models
 
 SMALL = {"depth": 8, "widths": [4, 4, 8, 16], "num_classes": 5, "in_channels": 1}
 FILES = {"config.json", "plan.json", "model.safetensors"}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from inhernet import load, nn
 from inhernet.cli import main
 from inhernet.distill.state import load_state
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {

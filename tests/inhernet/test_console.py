@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from inhernet import console
 
 COLUMNS = ["network", *(f"figure {i}" for i in range(12))]

@@ -23,7 +23,9 @@ def clip():
 
 
 def t5():
-    config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     ids = torch.randint(1, 50, (2, 7))
     return transformers.T5Model(config), {"input_ids": ids, "decoder_input_ids": ids}
 
@@ -34,7 +36,9 @@ def llama():
 
 
 def bert():
-    return transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50)), {"input_ids": torch.randint(0, 50, (2, 7))}
+    return transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50)), {
+        "input_ids": torch.randint(0, 50, (2, 7))
+    }
 
 
 @pytest.mark.parametrize("build", [vit, clip, t5, llama, bert], ids=lambda build: build.__name__)

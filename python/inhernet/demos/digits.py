@@ -16,14 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import inhernet
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import inhernet
 from inhernet.console import say, table
 from inhernet.distill import Objective, TrainConfig, TrainResult, evaluate, fit
 from inhernet.measure import Latency, interleaved
 from inhernet.models import cifar_resnet, cifar_resnet_near
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .digits_data import Digits, digits
 from .published import published

@@ -7,9 +7,10 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from inhernet.nn import LowRankModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from inhernet.nn import LowRankModule
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 

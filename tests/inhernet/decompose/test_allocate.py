@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from inhernet.decompose.allocate import energy_rank, global_ranks, ratio_rank, uniform_ranks
 from inhernet.decompose.layers import LayerPlan
 

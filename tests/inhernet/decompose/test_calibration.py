@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from inhernet.decompose.calibration import collect_moments, patches
 from inhernet.decompose.factorise import Moments
-from torch import nn
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from inhernet.decompose.factorise import Moments, plain_factors, random_factors, weighted_factors
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (7, 1), (1, 9)]

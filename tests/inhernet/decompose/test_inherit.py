@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import inhernet
 import pytest
 import torch
+from torch import nn
+
+import inhernet
 from inhernet import InheritConfig, ParamBudget, UniformRank
 from inhernet.decompose import reestimate_batchnorm
 from inhernet.nn import GatedLowRankConv2d, LowRankConv2d, LowRankLinear
-from torch import nn
 
 
 class Net(nn.Module):

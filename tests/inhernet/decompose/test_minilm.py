@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from inhernet.demos import minilm
 
 needs_encoder = pytest.mark.skipif(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import inhernet
 import pytest
 import torch
+from torch import nn
+
+import inhernet
 from inhernet import EnergyBudget, InheritConfig, ParamBudget, Plan, UniformRank, UniformRatio
 from inhernet.decompose.plans import PLAN_FILE, STATISTICS_FILE
-from torch import nn
 
 
 class Block(nn.Module):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from inhernet import ParamBudget, load
 from inhernet.demos import digits_plot
 from inhernet.demos.digits import DigitsConfig, Row, check_reload, compare_outputs, epochs_to_reach, print_spread, run
 from inhernet.demos.digits_data import Images, digits, distort
 from inhernet.distill import TrainConfig
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn; nothing was proven about the demo")
 

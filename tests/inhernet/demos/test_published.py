@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from inhernet.demos.published import PublishedConv2d, PublishedLinear, published
 from inhernet.nn import from_dense
-from torch import nn
 
 
 def randomised(module: nn.Module) -> nn.Module:

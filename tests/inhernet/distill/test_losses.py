@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inhernet.distill import OBJECTIVES, Objective, kd_loss, kl_to_teacher
 from torch.nn import functional as F
+
+from inhernet.distill import OBJECTIVES, Objective, kd_loss, kl_to_teacher
 
 
 @pytest.fixture(autouse=True)

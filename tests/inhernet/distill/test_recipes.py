@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from inhernet import InheritConfig, ParamBudget
 from inhernet import nn as low_rank
 from inhernet.distill import OBJECTIVES, Objective, TrainConfig, evaluate
 from inhernet.distill.recipes import inhernet, kd
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

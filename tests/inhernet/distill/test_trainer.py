@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from inhernet.distill import OBJECTIVES, Interrupted, TrainConfig, fit
 from inhernet.distill.state import FILE, load_state
 from inhernet.distill.trainer import learning_rate, parameter_groups
 from inhernet.nn import from_dense
-from torch import nn
-from torch.nn import functional as F
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
-from inhernet import models
 from torch import nn
+
+from inhernet import models
 
 GENERAL = {"cifar_resnet": {"depth": 8}, "cifar_resnet_near": {"parameters": 30_000}, "wide_resnet": {"depth": 10}}
 

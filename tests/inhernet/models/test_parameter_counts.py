@@ -6,11 +6,12 @@ of the CIFAR-100 pairs a head has a bias where its source layer has one; in the 
 
 from __future__ import annotations
 
-import inhernet
 import pytest
 import torch
-from inhernet import models
 from torch import nn
+
+import inhernet
+from inhernet import models
 
 DENSE = {
     "resnet20": 278_324,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from inhernet import nn as inn
 
 F64 = torch.float64

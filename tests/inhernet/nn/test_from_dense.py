@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from inhernet import nn as inn
 from torch import nn
+
+from inhernet import nn as inn
 
 F64 = torch.float64
 SHARES = [(1, None), (1, True), (3, True)]  # heads, gate

@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from inhernet import nn as inn
 from torch import nn
 
 import inherit_kernels
+from inhernet import nn as inn
 
 GATE = {"gate.weight", "gate.bias"}
 LAYERS = {
