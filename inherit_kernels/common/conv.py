@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for, suggest_memory_format
+from torch._prims_common import suggest_memory_format
 
 Pair = tuple[int, int]
 
@@ -49,11 +49,9 @@ def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
 
     `Tensor.contiguous` would keep other strides where a size is 0 or 1.
     """
-    channels_last = memory_format == torch.channels_last
-    strides = (
-        make_channels_last_strides_for(tensor.shape) if channels_last else make_contiguous_strides_for(tensor.shape)
-    )
-    return tensor if tensor.stride() == tuple(strides) else tensor.clone(memory_format=memory_format)
+    _, c, h, w = tensor.shape
+    strides = (h * w * c, 1, w * c, c) if memory_format == torch.channels_last else (c * h * w, h * w, w, 1)
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=memory_format)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
