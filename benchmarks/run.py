@@ -89,7 +89,9 @@ def run(op: str, seconds: float, compiled: bool) -> None:
             table = Table("µs, median", *found, title=f"{op}, float32, forward", title_justify="left")
         table.add_row(str(case), *(f"{timing.median:,.0f}" for timing in found.values()))
         rows += [row(op, case, name, timing) for name, timing in found.items()]
-    Console().print(table)
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    console.print(table)
     print(f"rows appended to {append(op, rows)}")
 
 

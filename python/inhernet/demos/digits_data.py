@@ -67,10 +67,7 @@ def digits(split: int = 0, batch: int = 64) -> Digits:
 
 
 def distort(x: Tensor) -> Tensor:
-    """Rotate by up to 0.2 rad, scale by 15 %, shear by 10 %, shift by 0.6 pixels; background fills in.
-
-    With it 20 epochs reach 99.4 to 100 % on four splits, with whole-pixel shifts 98.3 to 99.4 %.
-    """
+    """Rotate by up to 0.2 rad, scale by 15 %, shear by 10 %, shift by 0.6 pixels; background fills in."""
 
     def draw(limit: float) -> Tensor:
         return (torch.rand(len(x)) * 2 - 1) * limit
