@@ -35,7 +35,9 @@ def candidates(op: str, case: Case, compiled: bool) -> dict[str, Callable[[], An
     function = getattr(inherit_kernels, op)
     found = baselines(op, case, inputs, compiled)
     if "published" in found:
-        torch.testing.assert_close(found["published"](), function(*inputs.values(), **case.options), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            found["published"](), function(*inputs.values(), **case.options), rtol=1e-3, atol=1e-3
+        )
     for backend in [name for name in OPS[op].backends if name != "reference"]:
         try:
             check_accuracy(op, case, backend, torch.float32, gradients=False)
@@ -98,9 +100,11 @@ def run(op: str, seconds: float, compiled: bool) -> None:
 def row(op: str, case: Case, candidate: str, timing: Timing) -> dict[str, Any]:
     """One line of the CSV."""
     figures = {"us_p20": timing.low, "us_p50": timing.median, "us_p80": timing.high}
-    return stamp() | {"op": op, "case": str(case), "dtype": "float32", "candidate": candidate} | {
-        name: round(value, 2) for name, value in figures.items()
-    }
+    return (
+        stamp()
+        | {"op": op, "case": str(case), "dtype": "float32", "candidate": candidate}
+        | {name: round(value, 2) for name, value in figures.items()}
+    )
 
 
 def main() -> None:
