@@ -24,7 +24,9 @@ def gate_of(features: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> 
 
 def softmax_backward(g: Tensor, dg: Tensor) -> Tensor:
     """Gradient at the logits: g ⊙ (dg − Σ_h g_h dg_h), both `[..., H]`."""
-    return g * (dg - (g * dg).sum(-1, keepdim=True))
+    exact = torch.promote_types(g.dtype, torch.float32)
+    g, wide = g.to(exact), dg.to(exact)
+    return (g * (wide - (g * wide).sum(-1, keepdim=True))).to(dg.dtype)
 
 
 def scale_by_gate(t: Tensor, g: Tensor) -> Tensor:
