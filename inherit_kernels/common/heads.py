@@ -17,16 +17,19 @@ def gate_of(features: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> 
     Returns:
         `[..., H]`; the softmax is computed in float32 at least, the result has the dtype of `features`.
     """
+    return exact_gate_of(features, gate_weight, gate_bias).to(features.dtype)
+
+
+def exact_gate_of(features: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> Tensor:
+    """`gate_of` in float32 at least, as a backward needs it: gates rounded to bfloat16 no longer sum to one, and the part
+    common to all heads, which should cancel, was 10 times the gradient."""
     logits = torch.nn.functional.linear(features, gate_weight, gate_bias)
-    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.softmax(logits, -1, dtype=exact).to(features.dtype)
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def softmax_backward(g: Tensor, dg: Tensor) -> Tensor:
     """Gradient at the logits: g ⊙ (dg − Σ_h g_h dg_h), both `[..., H]`."""
-    exact = torch.promote_types(g.dtype, torch.float32)
-    g, wide = g.to(exact), dg.to(exact)
-    return (g * (wide - (g * wide).sum(-1, keepdim=True))).to(dg.dtype)
+    return g * (dg - (g * dg).sum(-1, keepdim=True))
 
 
 def scale_by_gate(t: Tensor, g: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from inherit_kernels.common.conv import (
     in_format,
     memory_format_of,
 )
-from inherit_kernels.common.heads import gate_of, softmax_backward
+from inherit_kernels.common.heads import exact_gate_of, gate_of, softmax_backward
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
@@ -94,7 +94,8 @@ def backward(
 ) -> Sequence[Tensor | None]:
     need_x, need_down, need_up, need_gate_weight, need_gate_bias, need_bias = needs
     s = t.mean((2, 3))
-    g = gate_of(s, gate_weight, gate_bias)
+    exact_g = exact_gate_of(s, gate_weight, gate_bias)
+    g = exact_g.to(t.dtype)
     products = as_rows(dz).mT @ as_rows(t)  # [B, N, R], dz·tᵀ a sample: all that the heads need
     dg = products.flatten(1) @ up.flatten(1).t()
     d_bias = None
@@ -102,7 +103,7 @@ def backward(
         dz_sums = dz.sum((2, 3))
         dg = dg + dz_sums @ bias.t()
         d_bias = g.t() @ dz_sums if need_bias else None
-    d_logits = softmax_backward(g, dg)
+    d_logits = softmax_backward(exact_g, dg).to(t.dtype)
     dx = d_down = None
     if need_x or need_down:
         ds = d_logits @ gate_weight / (t.shape[2] * t.shape[3])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inherit_kernels.common.activation import activate
-from inherit_kernels.common.heads import gate_of, scale_by_gate, side_by_side, softmax_backward
+from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, side_by_side, softmax_backward
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
@@ -67,7 +67,8 @@ def backward(
     need_x, need_down, need_up, need_gate_weight, need_gate_bias, need_bias = needs
     heads, _, rank = up.shape
     dz, t, rows = dz.reshape(-1, dz.shape[-1]), t.reshape(-1, rank), x.reshape(-1, x.shape[-1])
-    g = gate_of(t, gate_weight, gate_bias)
+    exact_g = exact_gate_of(t, gate_weight, gate_bias)
+    g = exact_g.to(t.dtype)
     d_up = d_bias = None
     if need_up:
         d_up = (dz.t() @ scale_by_gate(t, g)).view(-1, heads, rank).permute(1, 0, 2)
@@ -79,7 +80,7 @@ def backward(
     dg = torch.einsum("mhr,mr->mh", by_head, t)
     if bias is not None:
         dg = dg + dz @ bias.t()
-    d_logits = softmax_backward(g, dg)
+    d_logits = softmax_backward(exact_g, dg).to(t.dtype)
     dt = torch.einsum("mhr,mh->mr", by_head, g) + d_logits @ gate_weight if need_x or need_down else None
     return (
         (dt @ down).view(x.shape) if need_x else None,
