@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +28,8 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    activation: str | None,
-) -> Tensor:
-    arguments = (x, down, up, gate_weight, gate_bias, bias, residual, stride, padding, dilation, activation)
-    return forward_saving(*arguments)[0]
+def forward(*args: Any) -> Tensor:
+    return forward_saving(*args)[0]
 
 
 def forward_saving(
