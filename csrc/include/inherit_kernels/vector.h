@@ -23,7 +23,7 @@ typedef uint32_t UInts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 inline Vec broadcast(float value) {
-  return Vec{} + value;
+  return value - Vec{};  // folded to a broadcast; 0 + value would stay an addition (-0 + 0 is 0)
 }
 
 inline Vec load_vec(const float* p) {
