@@ -172,9 +172,8 @@ void widening_tile(const void* rows, int64_t lda, int64_t depth, const void* pan
   sums.start(init, ld_init);
   for (int64_t d = 0; d + 1 < depth; d += 2) {
     add_widened<kM, kP, false>(sums, a + d, lda, b, b_panel);
-    // Few rows of many columns: without this the compiler keeps 8 columns for the odd depth, and spills sums (2 times
-    // slower at one row). One panel is better left to it.
-    if (kP > 1) asm volatile("" ::: "memory");
+    // The columns are read again: kept in registers, they drive sums out (2 times slower at one row).
+    asm("" : "+r"(b));
     add_widened<kM, kP, true>(sums, a + d, lda, b, b_panel);
     b += 2 * kPanel;
   }
@@ -242,6 +241,10 @@ constexpr PanelTiles kPairTiles = INHERIT_KERNELS_TILES(widening_tile);
 constexpr bool kMultipliesPairs = false;
 #endif
 
+// Tiles of up to 4 rows widen their columns themselves (with 6 the registers do not suffice: 30 % slower). More than
+// two such tiles share a panel that was widened before.
+constexpr int64_t kWideningRows = 4;
+
 // One bfloat16 panel as a float32 panel.
 void widen_panel(const uint16_t* pairs, int64_t depth, float* out) {
   for (int64_t d = 0; d < depth; d += 2) {
@@ -255,14 +258,15 @@ void widen_panel(const uint16_t* pairs, int64_t depth, float* out) {
 }
 
 // Calls body(tile, a, b, first row, rows, first column, columns) for all tiles, panels outermost: a panel stays in the
-// first level cache while the rows pass, as float32 if these are many (20 % faster than widening it in every tile).
+// first level cache while the rows pass.
 // Rows are shared out evenly: 32 rows are 2 * 6 + 4 * 5, not 5 * 6 + 2.
 template <class Body>
 void over_tiles(const Product& p, const Body& body) {
   if (p.rows == 0) return;
-  bool pairs = p.b_dtype == Dtype::kBFloat16, widens = pairs && !kMultipliesPairs && p.rows > kRows;
+  bool pairs = p.b_dtype == Dtype::kBFloat16, widens = pairs && !kMultipliesPairs && p.rows > 2 * kWideningRows;
   const PanelTiles& tiles = pairs && !widens ? kPairTiles : kFloatTiles;
-  int64_t count = (p.rows + kRows - 1) / kRows, rows = p.rows / count, larger = p.rows % count;
+  int64_t most = pairs && !widens && !kMultipliesPairs ? kWideningRows : kRows;
+  int64_t count = (p.rows + most - 1) / most, rows = p.rows / count, larger = p.rows % count;
   int64_t b_size = pairs ? 2 : 4, a_size = p.a.dtype == Dtype::kFloat32 ? 4 : 2;
   alignas(64) float widened[kMultipliesPairs ? 1 : kMaxPanelDepth * kPanel];
   for (int64_t panel = 0, step; panel < p.panels; panel += step) {
