@@ -36,6 +36,10 @@ inline void softmax_backward(const float* g, const double* dg, int64_t heads, fl
 // Columns of dz or x that a product takes at once: a multiple of every tile's height and width.
 constexpr int64_t kStripe = 96;
 
+// Columns of [up_1 ... up_H] or of down that a product takes at once: with kDepthBlock rows, 200 KiB of a second level
+// cache of 512.
+constexpr int64_t kGroup = 256;
+
 // The least leading dimension >= `cols` of an odd number of cache lines: columns of such a matrix spread over all sets
 // of a cache, those of a power of two fall into a few.
 inline int64_t odd_lines(int64_t cols) {
@@ -100,9 +104,22 @@ class LinearBackwardRows {
     multiply(k, dlogits, ld_gate, false, rows, s.heads, gate_rows_.get(), ld_rank, k.nr, rank_panels, dt, ld_dt, true);
   }
 
-  // Columns of dz bias^T: one panel of ld_gate / nr from the depth d0 on.
-  void pack_bias(int64_t p, int64_t d0, int64_t depth, float* panel) const {
-    k.pack(a.bias, p * k.nr, std::min(k.nr, s.heads - p * k.nr), d0, depth, panel);
+  // Columns [c0, c0 + cols) of [up_1 ... up_H], heads padded to ld_rank, of the outputs from n0 on.
+  void load_up(int64_t n0, int64_t outputs, int64_t c0, int64_t cols, float* dst, int64_t ld) const {
+    for (int64_t c = c0; c < c0 + cols;) {
+      int64_t h = c / ld_rank, r = c % ld_rank, run = std::min(ld_rank - r, c0 + cols - c);
+      k.load(head(a.up, h), n0, outputs, r, std::min(run, s.rank - r), dst + c - c0, ld);
+      c += run;
+    }
+  }
+
+  // v's columns after the heads: (+)= dz bias^T for `depth` outputs from n0 on.
+  void add_bias_columns(const float* dz, int64_t ld, int64_t rows, int64_t n0, int64_t depth, float* v, float* panel,
+                        bool more) const {
+    for (int64_t p = 0; bias_in_gate && p < gate.panels; ++p) {
+      k.pack(a.bias, p * k.nr, std::min(k.nr, s.heads - p * k.nr), n0, depth, panel);
+      k.product(dz, ld, false, rows, depth, panel, k.nr, 0, 1, v + (s.heads * rank_panels + p) * k.nr, ldv, more);
+    }
   }
 
   const Kernels& k;
@@ -201,8 +218,7 @@ class BackwardByRows {
         chunks_(ceil_div(s_.rows, kChunk)),
         d_up_(k_, a_.d_up, a_.dtype, s_.heads * s_.out * s_.rank, chunks_),
         d_down_(k_, a_.d_down, a_.dtype, s_.rank * s_.in, chunks_),
-        up_panels_(b_.wants_dt ? b_.v_panels * s_.out * k_.nr : 0),
-        down_panels_(a_.dx ? round_up(s_.in, k_.nr) * s_.rank : 0),
+        v_(b_.gated && b_.wants_dt ? chunk_ * b_.ldv : 0),
         scaled_(a_.d_up ? chunk_ * s_.heads * b_.ld_rank : 0),
         g_(b_.gated ? chunk_ * b_.ld_gate : 0),
         dt_(b_.wants_dt ? chunk_ * b_.ld_dt : 0),
@@ -211,7 +227,6 @@ class BackwardByRows {
         bias_(a_.d_bias && !b_.gated ? s_.out : 0, 0.0) {}
 
   void run() {
-    pack();
     for (int64_t m0 = 0; m0 < s_.rows; m0 += kChunk) {
       int64_t rows = std::min(kChunk, s_.rows - m0);
       rows_of_chunk(m0, rows);
@@ -228,48 +243,70 @@ class BackwardByRows {
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kRun = 128;  // rows that a weight gradient sums in one run
 
-  void pack() {
-    if (b_.wants_dt) {
-      int64_t head_panels = b_.rank_panels * s_.out * k_.nr;
-      for (int64_t h = 0; h < s_.heads; ++h) {
-        pack_all(runtime_, transposed(head(a_.up, h)), s_.rank, s_.out, up_panels_.get() + h * head_panels);
-      }
-      if (b_.bias_in_gate) pack_all(runtime_, a_.bias, s_.heads, s_.out, up_panels_.get() + s_.heads * head_panels);
-    }
-    if (a_.dx) pack_all(runtime_, transposed(a_.down), s_.in, s_.rank, down_panels_.get());
-  }
-
   // Fills scaled, g, dt and dlogits of the chunk, and dx.
   void rows_of_chunk(int64_t m0, int64_t chunk) {
-    int64_t block_rows = std::min(kBlockRows, round_up(ceil_div(chunk, runtime_.threads), k_.mr));
     double work = 2.0 * chunk * s_.rank * (s_.heads * s_.out + s_.in);
-    parallel(runtime_, ceil_div(chunk, block_rows), work, [&](int64_t begin, int64_t end) {
-      Scratch t(block_rows * b_.ld_rank), loaded(block_rows * kDepthBlock);
-      Scratch v(b_.gated && b_.wants_dt ? block_rows * b_.ldv : 0), c(block_rows * kGroup * k_.nr);
-      for (int64_t block = begin; block < end; ++block) {
-        int64_t i0 = block * block_rows, rows = std::min(block_rows, chunk - i0);
-        float *g = g_.get() + i0 * b_.ld_gate, *dt = dt_.get() + i0 * b_.ld_dt;
-        b_.recompute(m0 + i0, rows, t.get(), g);
-        if (a_.d_up) b_.scale(t.get(), g, i0, rows, chunk_, scaled_.get());
-        if (!b_.wants_dt) continue;
-        multiply_view(k_, a_.dz, m0 + i0, rows, s_.out, up_panels_.get(), k_.nr, s_.out * k_.nr, b_.v_panels,
-                      b_.gated ? v.get() : dt, b_.gated ? b_.ldv : b_.ld_dt, loaded.get());
-        if (b_.gated) b_.gate_backward(t.get(), g, v.get(), rows, dlogits_.get() + i0 * b_.ld_gate, dt);
-        if (a_.dx) store_dx(dt, m0 + i0, rows, c.get());
-      }
+    parallel(runtime_, ceil_div(chunk, k_.mr), work, [&](int64_t begin, int64_t end) {
+      int64_t i0 = begin * k_.mr, rows = std::min(end * k_.mr, chunk) - i0;
+      gates(m0, i0, rows);
+      if (b_.wants_dt) compute_dt(m0, i0, rows);
+      if (a_.dx) store_dx(m0, i0, rows);
     });
   }
 
-  void store_dx(const float* dt, int64_t i0, int64_t rows, float* c) {
+  template <class F>
+  static void for_blocks(int64_t begin, int64_t count, int64_t step, const F& body) {
+    for (int64_t i = 0; i < count; i += step) body(begin + i, std::min(step, count - i));
+  }
+
+  void gates(int64_t m0, int64_t begin, int64_t count) {
+    Scratch t(kBlockRows * b_.ld_rank);
+    for_blocks(begin, count, kBlockRows, [&](int64_t i0, int64_t rows) {
+      float* g = g_.get() + i0 * b_.ld_gate;
+      b_.recompute(m0 + i0, rows, t.get(), g);
+      if (a_.d_up) b_.scale(t.get(), g, i0, rows, chunk_, scaled_.get());
+    });
+  }
+
+  void compute_dt(int64_t m0, int64_t begin, int64_t count) {
+    float* v = b_.gated ? v_.get() : dt_.get();
+    int64_t ldv = b_.gated ? b_.ldv : b_.ld_dt, width = s_.heads * b_.ld_rank;
+    Scratch dz(kBlockRows * kDepthBlock), up(kDepthBlock * odd_lines(kGroup)), bias(kDepthBlock * k_.nr);
+    for_blocks(0, width, kGroup, [&](int64_t c0, int64_t cols) {
+      int64_t ld = odd_lines(cols);
+      for_blocks(0, s_.out, kDepthBlock, [&](int64_t n0, int64_t depth) {
+        b_.load_up(n0, depth, c0, cols, up.get(), ld);
+        for_blocks(begin, count, kBlockRows, [&](int64_t i0, int64_t rows) {
+          k_.load(a_.dz, m0 + i0, rows, n0, depth, dz.get(), kDepthBlock);
+          k_.product(dz.get(), kDepthBlock, false, rows, depth, up.get(), ld, k_.nr, cols / k_.nr, v + i0 * ldv + c0,
+                     ldv, n0 > 0);
+          if (c0 == 0) b_.add_bias_columns(dz.get(), kDepthBlock, rows, n0, depth, v + i0 * ldv, bias.get(), n0 > 0);
+        });
+      });
+    });
+    if (!b_.gated) return;
+    Scratch t(kBlockRows * b_.ld_rank);
+    for_blocks(begin, count, kBlockRows, [&](int64_t i0, int64_t rows) {
+      k_.load(a_.t, m0 + i0, rows, 0, s_.rank, t.get(), b_.ld_rank);
+      b_.gate_backward(t.get(), g_.get() + i0 * b_.ld_gate, v + i0 * ldv, rows, dlogits_.get() + i0 * b_.ld_gate,
+                       dt_.get() + i0 * b_.ld_dt);
+    });
+  }
+
+  void store_dx(int64_t m0, int64_t begin, int64_t count) {
     bool in_place = a_.dtype == Dtype::kFloat32 && s_.in % k_.nr == 0;
-    int64_t ldc = in_place ? s_.in : kGroup * k_.nr, in_panels = ceil_div(s_.in, k_.nr);
-    for (int64_t p = 0; p < in_panels; p += kGroup) {
-      int64_t panels = std::min(kGroup, in_panels - p), j0 = p * k_.nr;
-      void* out = element(a_.dx, a_.dtype, i0 * s_.in + j0);
-      multiply(k_, dt, b_.ld_dt, false, rows, s_.rank, down_panels_.get() + p * s_.rank * k_.nr, k_.nr, s_.rank * k_.nr,
-               panels, in_place ? static_cast<float*>(out) : c, ldc, false);
-      if (!in_place) k_.store(c, ldc, rows, std::min(panels * k_.nr, s_.in - j0), out, a_.dtype, s_.in);
-    }
+    Scratch down(s_.rank * odd_lines(kGroup)), c(in_place ? 0 : kBlockRows * kGroup);
+    for_blocks(0, s_.in, kGroup, [&](int64_t k0, int64_t cols) {
+      int64_t ld = odd_lines(cols);
+      k_.load(a_.down, 0, s_.rank, k0, cols, down.get(), ld);
+      for_blocks(begin, count, kBlockRows, [&](int64_t i0, int64_t rows) {
+        void* out = element(a_.dx, a_.dtype, (m0 + i0) * s_.in + k0);
+        multiply(k_, dt_.get() + i0 * b_.ld_dt, b_.ld_dt, false, rows, s_.rank, down.get(), ld, k_.nr,
+                 ceil_div(cols, k_.nr), in_place ? static_cast<float*>(out) : c.get(), in_place ? s_.in : kGroup,
+                 false);
+        if (!in_place) k_.store(c.get(), kGroup, rows, cols, out, a_.dtype, s_.in);
+      });
+    });
   }
 
   // d_up and d_bias: a stripe of dz at a time, as the first operand.
@@ -331,8 +368,6 @@ class BackwardByRows {
     k_.store(row.data(), s_.out, 1, s_.out, a_.d_bias, a_.dtype, s_.out);
   }
 
-  static constexpr int64_t kGroup = 4;  // panels of dx at once
-
   const Runtime& runtime_;
   const Kernels& k_;
   const LinearBackward& a_;
@@ -341,10 +376,9 @@ class BackwardByRows {
   GateSums sums_;
   int64_t chunk_, chunks_;
   GrowingGradient d_up_, d_down_;
-  Scratch up_panels_, down_panels_;    // operands
-  Scratch scaled_, g_, dt_, dlogits_;  // of one chunk
-  Scratch head_bias_;                  // d_bias of the gated op so far
-  std::vector<double> bias_;           // d_bias of the plain op so far: torch's own sum is as exact
+  Scratch v_, scaled_, g_, dt_, dlogits_;  // of one chunk
+  Scratch head_bias_;                      // d_bias of the gated op so far
+  std::vector<double> bias_;               // d_bias of the plain op so far: torch's own sum is as exact
 };
 
 // Few rows: the weights are read where they lie, once, and their gradients written once. One region over outputs takes
@@ -419,11 +453,7 @@ class BackwardByColumns {
                    b_.rank_panels, v + h * b_.ld_rank, b_.ldv, more || d > 0);
       }
     }
-    for (int64_t p = 0; b_.bias_in_gate && p < b_.gate.panels; ++p) {
-      b_.pack_bias(p, n0, cols, b);
-      k_.product(dz, kStripe, false, s_.rows, cols, b, k_.nr, 0, 1, v + s_.heads * b_.ld_rank + p * k_.nr, b_.ldv,
-                 more);
-    }
+    b_.add_bias_columns(dz, kStripe, s_.rows, n0, cols, v, b, more);
   }
 
   // A few rows of d_up at a time, so that they are written from end to end.
