@@ -46,6 +46,13 @@ inline int64_t odd_lines(int64_t cols) {
   return (ceil_div(cols, 16) | 1) * 16;
 }
 
+// Whether the rows of a register tile can be read where they lie (a copy costs 7 % of a product with 64 columns): rows
+// whose distance is a multiple of 4096 bytes share one set of the first level cache, of 8 lines.
+inline bool rows_in_place(const Kernels& k, MatrixView view) {
+  bool crowded = view.row_stride % 1024 == 0 && k.mr > 8;
+  return view.dtype == Dtype::kFloat32 && view.col_stride == 1 && !crowded;
+}
+
 // What few rows and many rows share: the sizes of scratch, the gates and their gradients.
 //
 // Columns of all heads lie side by side, each head padded to whole panels: v is [rows, ldv], with dz bias^T in the
@@ -64,8 +71,7 @@ class LinearBackwardRows {
         ld_rank(rank_panels * k.nr),
         ld_dt(odd_lines(ld_rank)),
         ld_gate(gate.panels * k.nr),
-        v_panels(s.heads * rank_panels + (bias_in_gate ? gate.panels : 0)),
-        ldv(v_panels * k.nr),
+        ldv(s.heads * ld_rank + (bias_in_gate ? ld_gate : 0)),
         gate_rows_(gated ? s.heads * ld_rank : 0) {
     for (int64_t h = 0; gated && h < s.heads; ++h) {
       float* row = gate_rows_.get() + h * ld_rank;
@@ -113,13 +119,13 @@ class LinearBackwardRows {
     }
   }
 
-  // v's columns after the heads: (+)= dz bias^T for `depth` outputs from n0 on.
-  void add_bias_columns(const float* dz, int64_t ld, int64_t rows, int64_t n0, int64_t depth, float* v, float* panel,
+  // v's columns after the heads: (+)= dz bias^T for `depth` outputs from n0 on. `biases` holds heads * depth floats.
+  void add_bias_columns(const float* dz, int64_t ld, int64_t rows, int64_t n0, int64_t depth, float* v, float* biases,
                         bool more) const {
-    for (int64_t p = 0; bias_in_gate && p < gate.panels; ++p) {
-      k.pack(a.bias, p * k.nr, std::min(k.nr, s.heads - p * k.nr), n0, depth, panel);
-      k.product(dz, ld, false, rows, depth, panel, k.nr, 0, 1, v + (s.heads * rank_panels + p) * k.nr, ldv, more);
-    }
+    if (!bias_in_gate) return;
+    k.load(a.bias, 0, s.heads, n0, depth, biases, depth);
+    MatrixView view{biases, Dtype::kFloat32, depth, 1};
+    k.dot(dz, ld, rows, depth, view, 0, s.heads, v + s.heads * ld_rank, ldv, more);
   }
 
   const Kernels& k;
@@ -127,7 +133,7 @@ class LinearBackwardRows {
   LinearShape s;
   GateOperands gate;
   bool gated, wants_dt, bias_in_gate;
-  int64_t rank_panels, ld_rank, ld_dt, ld_gate, v_panels, ldv;
+  int64_t rank_panels, ld_rank, ld_dt, ld_gate, ldv;
 
  private:
   Scratch gate_rows_;  // gate_weight as float32
@@ -241,7 +247,6 @@ class BackwardByRows {
  private:
   static constexpr int64_t kChunk = 512;
   static constexpr int64_t kBlockRows = 96;
-  static constexpr int64_t kRun = 128;  // rows that a weight gradient sums in one run
 
   // Fills scaled, g, dt and dlogits of the chunk, and dx.
   void rows_of_chunk(int64_t m0, int64_t chunk) {
@@ -271,16 +276,20 @@ class BackwardByRows {
   void compute_dt(int64_t m0, int64_t begin, int64_t count) {
     float* v = b_.gated ? v_.get() : dt_.get();
     int64_t ldv = b_.gated ? b_.ldv : b_.ld_dt, width = s_.heads * b_.ld_rank;
-    Scratch dz(kBlockRows * kDepthBlock), up(kDepthBlock * odd_lines(kGroup)), bias(kDepthBlock * k_.nr);
-    for_blocks(0, width, kGroup, [&](int64_t c0, int64_t cols) {
+    int64_t group = round_up(ceil_div(width, ceil_div(width, kGroup)), k_.nr);  // alike
+    bool in_place = rows_in_place(k_, a_.dz);
+    int64_t lda = in_place ? a_.dz.row_stride : kDepthBlock;
+    Scratch dz(in_place ? 0 : kBlockRows * kDepthBlock), up(kDepthBlock * odd_lines(kGroup)),
+        bias(s_.heads * kDepthBlock);
+    for_blocks(0, width, group, [&](int64_t c0, int64_t cols) {
       int64_t ld = odd_lines(cols);
       for_blocks(0, s_.out, kDepthBlock, [&](int64_t n0, int64_t depth) {
         b_.load_up(n0, depth, c0, cols, up.get(), ld);
         for_blocks(begin, count, kBlockRows, [&](int64_t i0, int64_t rows) {
-          k_.load(a_.dz, m0 + i0, rows, n0, depth, dz.get(), kDepthBlock);
-          k_.product(dz.get(), kDepthBlock, false, rows, depth, up.get(), ld, k_.nr, cols / k_.nr, v + i0 * ldv + c0,
-                     ldv, n0 > 0);
-          if (c0 == 0) b_.add_bias_columns(dz.get(), kDepthBlock, rows, n0, depth, v + i0 * ldv, bias.get(), n0 > 0);
+          const float* a = in_place ? static_cast<const float*>(shifted(a_.dz, m0 + i0, n0).data) : dz.get();
+          if (!in_place) k_.load(a_.dz, m0 + i0, rows, n0, depth, dz.get(), kDepthBlock);
+          k_.product(a, lda, false, rows, depth, up.get(), ld, k_.nr, cols / k_.nr, v + i0 * ldv + c0, ldv, n0 > 0);
+          if (c0 == 0) b_.add_bias_columns(a, lda, rows, n0, depth, v + i0 * ldv, bias.get(), n0 > 0);
         });
       });
     });
@@ -314,11 +323,11 @@ class BackwardByRows {
     int64_t width = s_.heads * b_.ld_rank;
     double work = 2.0 * chunk * s_.out * width;
     parallel(runtime_, ceil_div(s_.out, kStripe), work, [&](int64_t begin, int64_t end) {
-      Scratch dz(kRun * kStripe), c(a_.d_up ? kStripe * width : 0);
+      Scratch dz(kSumRows * kStripe), c(a_.d_up ? kStripe * width : 0);
       for (int64_t stripe = begin; stripe < end; ++stripe) {
         int64_t n0 = stripe * kStripe, cols = std::min(kStripe, s_.out - n0);
-        for (int64_t i0 = 0; i0 < chunk; i0 += kRun) {
-          int64_t run = std::min(kRun, chunk - i0);
+        for (int64_t i0 = 0; i0 < chunk; i0 += kSumRows) {
+          int64_t run = std::min(kSumRows, chunk - i0);
           k_.load(a_.dz, m0 + i0, run, n0, cols, dz.get(), kStripe);
           if (a_.d_bias) add_bias_sums(dz.get(), i0, run, n0, cols, m0 + i0 > 0);
           if (!a_.d_up) continue;
@@ -335,22 +344,19 @@ class BackwardByRows {
 
   void add_bias_sums(const float* dz, int64_t i0, int64_t run, int64_t n0, int64_t cols, bool more) {
     if (!b_.gated) return k_.column_sums({dz, Dtype::kFloat32, kStripe, 1}, run, cols, bias_.data() + n0);
-    int64_t ldc = round_up(s_.out, kStripe);
-    for (int64_t i = 0; i < run; i += kSumRows) {
-      k_.product(g_.get() + (i0 + i) * b_.ld_gate, b_.ld_gate, true, s_.heads, std::min(kSumRows, run - i),
-                 dz + i * kStripe, kStripe, k_.nr, ceil_div(cols, k_.nr), head_bias_.get() + n0, ldc, more || i > 0);
-    }
+    k_.product(g_.get() + i0 * b_.ld_gate, b_.ld_gate, true, s_.heads, run, dz, kStripe, k_.nr, ceil_div(cols, k_.nr),
+               head_bias_.get() + n0, round_up(s_.out, kStripe), more);
   }
 
   // d_down: a stripe of x at a time, as the second operand.
   void down_of_chunk(int64_t m0, int64_t chunk) {
     double work = 2.0 * chunk * s_.in * s_.rank;
     parallel(runtime_, ceil_div(s_.in, kStripe), work, [&](int64_t begin, int64_t end) {
-      Scratch x(kRun * kStripe), c(s_.rank * kStripe);
+      Scratch x(kSumRows * kStripe), c(s_.rank * kStripe);
       for (int64_t stripe = begin; stripe < end; ++stripe) {
         int64_t k0 = stripe * kStripe, cols = std::min(kStripe, s_.in - k0);
-        for (int64_t i0 = 0; i0 < chunk; i0 += kRun) {
-          int64_t run = std::min(kRun, chunk - i0);
+        for (int64_t i0 = 0; i0 < chunk; i0 += kSumRows) {
+          int64_t run = std::min(kSumRows, chunk - i0);
           k_.load(a_.x, m0 + i0, run, k0, cols, x.get(), kStripe);
           k_.product(dt_.get() + i0 * b_.ld_dt, b_.ld_dt, true, s_.rank, run, x.get(), kStripe, k_.nr,
                      ceil_div(cols, k_.nr), c.get(), kStripe, i0 > 0);
@@ -418,7 +424,7 @@ class BackwardByColumns {
 
   void outputs() {
     parallel(runtime_, parts_, 4.0 * s_.rows * s_.out * b_.ldv, [&](int64_t begin, int64_t end) {
-      Scratch dz(s_.rows * kStripe), b(kStripe * std::max(b_.ld_rank, k_.nr));
+      Scratch dz(s_.rows * kStripe), b(kStripe * std::max(b_.ld_rank, s_.heads));
       Scratch c(std::max(k_.mr * b_.ld_rank, s_.heads * kStripe));
       for (int64_t part = begin; part < end; ++part) {
         int64_t last = std::min(s_.out, (part + 1) * part_);
