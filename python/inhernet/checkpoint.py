@@ -93,7 +93,9 @@ def load(
     """Read a model that `save` wrote: on the CPU, in eval mode, without the teacher.
 
     An optimised model comes back optimised where processor, threads and versions are those it was measured with;
-    elsewhere a note says what differs and the plain model is returned. No file of the directory runs code. Without consent it may only name a function of `inhernet.models` or a
+    elsewhere a note says what differs and the plain model is returned.
+
+    No file of the directory runs code. Without consent it may only name a function of `inhernet.models` or a
     configuration class of transformers.
 
     Args:

@@ -19,12 +19,16 @@ class Latency:
     rounds: int
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Latency]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], seconds: float = 1.0, *, cpu_time: bool = False
+) -> dict[str, Latency]:
     """Time every candidate once per round, so that what the machine does in between hits all of them alike.
 
     Args:
         candidates: calls by name. Gradients are off inside.
         seconds: time per candidate, about; at least 5 rounds are made whatever they take.
+        cpu_time: count this thread's CPU time, not the time on the wall: for work on one thread, what else the machine
+            does then does not count.
 
     Returns:
         One `Latency` per name.
@@ -41,7 +45,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], seconds: float =
         raise ValueError("candidates is empty, expected at least one call by name")
     if not seconds > 0:
         raise ValueError(f"seconds is {seconds!r}, expected a positive number")
-    clock = _clock()
+    clock = time.thread_time if cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         for call in candidates.values():
@@ -56,12 +60,6 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], seconds: float =
                 _wait()
                 times[name].append(1e3 * (clock() - started))
     return {name: _percentiles(values) for name, values in times.items()}
-
-
-def _clock() -> Callable[[], float]:
-    """With one thread its CPU time: other processes on the same core do not count. Else the time on the wall."""
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
-    return time.thread_time if alone else time.perf_counter
 
 
 def _wait() -> None:

@@ -90,7 +90,9 @@ def _tolerant(run: Callable[..., Tensor], bare: Callable[..., Tensor], finish: A
 
 
 def _dense_form(site: Site, layer: Any, norm: Any, channels_last: bool) -> Form:
-    dense = layer.to_dense() if isinstance(layer, LowRankModule) else layer
+    dense: Any = layer
+    if isinstance(layer, LowRankModule):
+        dense = dense.to_dense()
     weight, bias = _folded(dense.weight, dense.bias, norm)
     if channels_last and weight.dim() == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)

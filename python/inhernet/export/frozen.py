@@ -80,7 +80,8 @@ def freeze(
 ) -> nn.Module:
     """Freeze a module in place, with `run` for its forward (None keeps the forward it has)."""
     module.__dict__.update(_run=run, _form=form, _channels_last=channels_last)
-    module.__class__ = _frozen_class(type(module), _Leaf if leaf else Frozen)
+    kind: Any = type(module)
+    module.__class__ = _frozen_class(kind, _Leaf if leaf else Frozen)
     return module
 
 

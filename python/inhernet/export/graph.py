@@ -26,6 +26,10 @@ _ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu",
     "relu_": "relu", nn.SiLU: "silu", F.silu: "silu", nn.GELU: "gelu", F.gelu: "gelu",
 }  # fmt: skip
+#: What a site's activation stands for.
+FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -144,6 +148,8 @@ class _Finder:
             return
         if len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
             return
+        first: Any
+        second: Any
         first, second = node.args
         other = second if first is chain.end else first
         if other is chain.end or (node.target in _IN_PLACE_ADDITIONS and first is not chain.end):
@@ -191,9 +197,8 @@ def _writes(node: fx.Node, modules: Mapping[Any, nn.Module]) -> bool:
 
 
 _OPERATORS_IN_PLACE = {
-    getattr(operator, f"i{name}")
-    for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift concat".split()
-}
+    getattr(operator, name) for name in vars(operator) if name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
+} - {operator.index, operator.inv, operator.invert}
 
 
 class Recorder(fx.Interpreter):

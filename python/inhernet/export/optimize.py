@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,8 @@ class _Search:
                 continue  # a forward that calls view() wants contiguous images
             if self._same(output):
                 variants[name] = fast
-        calls = {name: (lambda run=run: self.example(run)) for name, run in {"given": given, **variants}.items()}
-        found = {name: value.p50 for name, value in interleaved(calls, max(self.seconds * 5, 0.05)).items()}
+        calls = {name: partial(self.example, run) for name, run in {"given": given, **variants}.items()}
+        found = self._medians(calls, max(self.seconds * 5, 0.05))
         fastest = min(variants, key=found.__getitem__, default=None)
         if fastest is None or (not self.forced and found[fastest] > found["given"] * (1 - NOISE)):
             return _finished(freeze(self.base), replace(report, kept="given", channels_last=False, milliseconds=found))
@@ -314,24 +315,23 @@ class _Search:
         shapes = tuple((x.shape, x.stride(), x.dtype) for x in (*inputs, *layer.parameters()))
         key = (layer.extra_repr(), replace(site, name="", batchnorm=site.batchnorm and ""), shapes, *forms)
         if key not in self.measured:
-            calls: dict[str, Callable[[], object]] = {"given": _as_given(site, self.base, inputs)}
-            calls |= {name: (lambda run=form.run: run(*inputs)) for name, form in forms.items()}
-            found = interleaved(calls, self.seconds)
-            self.measured[key] = {name: round(1e3 * value.p50, 2) for name, value in found.items()}
+            calls = {"given": _as_given(site, self.base, inputs)}
+            calls |= {name: partial(form.run, *inputs) for name, form in forms.items()}
+            found = self._medians(calls, self.seconds)
+            self.measured[key] = {name: round(1e3 * value, 2) for name, value in found.items()}
         return self.measured[key]
+
+    def _medians(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+        """Milliseconds; of CPU time on one thread, so that other processes do not count."""
+        alone = torch.get_num_threads() == 1 and device_of(self.base).type == "cpu"
+        return {name: value.p50 for name, value in interleaved(calls, seconds, cpu_time=alone).items()}
 
 
 def _as_given(site: Site, model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """The site's modules as the model calls them."""
     layer = model.get_submodule(site.name)
     norm = None if site.batchnorm is None else model.get_submodule(site.batchnorm)
-    activation: Any = {
-        None: None,
-        "relu": nn.functional.relu,
-        "silu": nn.functional.silu,
-        "gelu": nn.functional.gelu,
-        "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
-    }[site.activation]
+    activation = graphs.FUNCTIONS.get(site.activation)
 
     def call() -> Tensor:
         y = layer(inputs[0])

@@ -48,7 +48,7 @@ def out_features(layer: Any) -> int:
     return layer.up.shape[-2] if isinstance(layer, LowRankModule) else layer.weight.shape[0]
 
 
-def foldable(layer: nn.Module, norm: nn.Module) -> bool:
+def foldable(layer: nn.Module, norm: Any) -> bool:
     """Whether `norm`, applied to the layer's output, is an affine map of the layer's output channels in eval mode.
 
     BatchNorm1d also takes `[B, C, L]`, and then normalises dimension 1, not a linear layer's outputs: that the output

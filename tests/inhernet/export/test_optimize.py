@@ -386,7 +386,7 @@ def test_a_gradient_to_the_input_autocast_and_compile(cls):
 def test_a_whole_that_is_not_faster_is_kept_as_given(monkeypatch):
     from inhernet.measure import Latency
 
-    def slower(calls, seconds):
+    def slower(calls, seconds, **_):
         return {name: Latency(1.0, 1.0 if name == "given" else 0.995, 1.0, 5) for name in calls}
 
     monkeypatch.setattr(module_of(optimize), "interleaved", slower)
@@ -525,7 +525,7 @@ def test_equal_layers_are_measured_once(monkeypatch):
     calls = []
     module = module_of(optimize)
     real = module.interleaved
-    monkeypatch.setattr(module, "interleaved", lambda c, s: calls.append(list(c)) or real(c, s))
+    monkeypatch.setattr(module, "interleaved", lambda c, s, **k: calls.append(list(c)) or real(c, s, **k))
     layers = [LowRankLinear(16, 16, 4) for _ in range(4)]
     fast = optimize(nn.Sequential(*layers).eval(), torch.randn(3, 16), **QUICK)
     assert len(calls) == 2  # one layer, and the whole
