@@ -94,7 +94,12 @@ def to_channels_last(values: Any) -> Any:
     """The values with every floating tensor of four dimensions in channels-last strides."""
 
     def convert(value: Any) -> Any:
-        is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-        return value.contiguous(memory_format=torch.channels_last) if is_image else value
+        if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
+            return value
+        value = value.contiguous(memory_format=torch.channels_last)
+        # One channel is contiguous either way, and keeps the strides that torch then takes for contiguous.
+        _, c, h, w = value.shape
+        strides = (c * h * w, 1, c * w, c)
+        return value if value.stride() == strides else value.as_strided(value.shape, strides)
 
     return tree_map(convert, values)

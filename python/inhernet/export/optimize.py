@@ -185,10 +185,6 @@ class Example:
         names = [node.target for node in graph.nodes if node.op == "placeholder"]
         return [*self.args, *(self.kwargs[str(name)] for name in names[len(self.args) :])]
 
-    def formatted(self, channels_last: bool) -> Example:
-        """The same inputs as the first layers see them."""
-        return Example(to_channels_last(self.kwargs or self.args)) if channels_last else self
-
 
 class _Search:
     def __init__(
@@ -259,7 +255,9 @@ class _Search:
 
     def _choose(self, channels_last: bool) -> Optimization:
         """Measure every layer on what it gets in this memory format."""
-        samples = list(self._samples(self.example.formatted(channels_last)))
+        samples = self._samples()
+        if channels_last:  # as the chosen forms will pass images on, whatever the given layers do
+            samples = [(site, to_channels_last(inputs)) for site, inputs in samples]
         title = "measuring layers" + (", channels-last" if channels_last else "")
         with progress(title, len(samples), enabled=self.show) as bar:
             layers = tuple(self._layer(site, inputs, channels_last, bar) for site, inputs in samples)
@@ -272,15 +270,15 @@ class _Search:
             versions=versions(),
         )
 
-    def _samples(self, example: Example) -> list[tuple[Site, tuple[Tensor, ...]]]:
+    def _samples(self) -> list[tuple[Site, tuple[Tensor, ...]]]:
         """Every site with the tensors it gets: x, and the residual where it takes one."""
         if not self.traced:
-            sites, inputs = observe(self.base, lambda: example(self.base))
+            sites, inputs = observe(self.base, lambda: self.example(self.base))
             return [(site, (inputs[site.name],)) for site in sites]
         graph, _ = graphs.trace(self.base)
         assert graph is not None  # it was traced before
         recorder = graphs.Recorder(self.base, graph)
-        recorder.run(*example.positional(graph))
+        recorder.run(*self.example.positional(graph))
         chains = graphs.find_chains(graph, self.base, recorder.values)
         wanted = {chain.site.name: chain for chain in reversed(chains)}
         return [(chain.site, recorder.inputs(chain)) for chain in wanted.values()]
