@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " -> (Tensor y, Tensor t)");
   m.def(
       "lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
-      " Tensor? bias, Tensor? residual, int activation) -> Tensor");
+      " bool biased, Tensor? residual, int activation) -> Tensor");
   m.def(
       "lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, bool need_dx, bool need_down,"
       " bool need_up, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_bias)");
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " Tensor? bias, Tensor? residual, int activation) -> (Tensor y, Tensor t)");
   m.def(
       "gated_lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_features,"
-      " Tensor gate_weight, Tensor? gate_bias, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+      " Tensor gate_weight, Tensor? gate_bias, bool biased, Tensor? residual, int activation) -> Tensor");
   m.def(
       "gated_lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, Tensor gate_weight,"
       " Tensor? gate_bias, Tensor? bias, bool need_dx, bool need_down, bool need_up, bool need_gate_weight,"
@@ -41,8 +41,9 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " Tensor? bias, bool need_up, bool need_gate_weight, bool need_gate_bias, bool need_bias) -> (Tensor dt,"
       " Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias, Tensor d_bias)");
 
-  // A weight [J, D] as panels for the active instruction set; up of a gated op is packed as [N, H * R].
-  m.def("pack_panels(Tensor weight) -> Tensor");
+  // A weight [J, D] as panels for the active instruction set, in its dtype, a bias [J] as one more depth. The weights
+  // of heads [H, J, D] lie side by side as [J, H * D], their biases [H, J] after them.
+  m.def("pack_panels(Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("cpu_isa() -> str");
   // One sentence: what the CUDA part was built for, and whether it runs here. Empty: built without CUDA.
   m.def("cuda_build_info() -> str");

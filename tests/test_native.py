@@ -140,10 +140,10 @@ def forward(inputs, activation=0, saving=False):
 def forward_packed(inputs, activation=0):
     x, down, up, gate_weight, gate_bias, bias, residual = inputs
     r, n = down.shape[0], up.shape[-2]
-    panels = ops.pack_panels(down), ops.pack_panels(up if up.dim() == 2 else up.permute(1, 0, 2).reshape(n, -1))
+    panels, biased = (ops.pack_panels(down), ops.pack_panels(up, bias)), bias is not None
     if gate_weight is None:
-        return ops.lowrank_linear_packed(x, *panels, r, n, bias, residual, activation)
-    return ops.gated_lowrank_linear_packed(x, *panels, r, n, gate_weight, gate_bias, bias, residual, activation)
+        return ops.lowrank_linear_packed(x, *panels, r, n, biased, residual, activation)
+    return ops.gated_lowrank_linear_packed(x, *panels, r, n, gate_weight, gate_bias, biased, residual, activation)
 
 
 def backward(dz, t, inputs, needs=None):
@@ -339,14 +339,27 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def unpacked(panels, outputs, depth):
+    """[outputs of whole panels, depth] from panels: [depth, width] each, or pairs of depths [depth / 2, width, 2]."""
+    pair = 1 if panels.dtype == torch.float32 else 2
+    pairs = math.ceil(depth / pair)
+    width = next(w for w in (8, 16, 32) if math.ceil(outputs / w) * w * pairs * pair == panels.numel())
+    return panels.view(-1, pairs, width, pair).transpose(1, 2).reshape(-1, pairs * pair)
+
+
 def test_panels_hold_the_weight_and_zeros():
-    weight = random(70, 33)
-    for given in (weight, strided(weight), weight.bfloat16()):
-        panels = ops.pack_panels(given)
-        width = next(w for w in (8, 16, 32) if math.ceil(70 / w) * w * 33 == panels.numel())
-        back = panels.view(-1, 33, width).transpose(1, 2).reshape(-1, 33)
-        assert torch.equal(back[:70], given.float())
-        assert not bool(back[70:].any())
+    weight, bias, heads, biases = random(70, 33), random(70), random(3, 70, 11), random(3, 70)
+    side_by_side = torch.cat([*heads, biases.t()], 1)
+    for weights, given in (
+        ((weight,), weight),
+        ((weight, bias), torch.cat([weight, bias[:, None]], 1)),
+        ((heads, biases), side_by_side),
+        ((heads,), side_by_side[:, :33]),
+    ):
+        for change in (lambda w: w, strided, torch.Tensor.bfloat16, lambda w: strided(w).bfloat16()):
+            back = unpacked(ops.pack_panels(*map(change, weights)), 70, given.shape[1])
+            assert torch.equal(back[:70, : given.shape[1]], change(given))
+            assert not bool(back[70:].any()) and not bool(back[:, given.shape[1] :].any())
 
 
 def test_wrong_arguments_raise():
@@ -361,7 +374,9 @@ def test_wrong_arguments_raise():
         lambda: ops.lowrank_linear(x, down, up, None, None, 5),
         lambda: ops.lowrank_linear(x, random(8), up, None, None, 0),
         lambda: ops.lowrank_linear(x[0, 0], down, up, None, None, 0),
-        lambda: ops.lowrank_linear_packed(x, ops.pack_panels(down)[1:], ops.pack_panels(up), 2, 5, None, None, 0),
+        lambda: ops.lowrank_linear_packed(x, ops.pack_panels(down)[1:], ops.pack_panels(up), 2, 5, False, None, 0),
+        lambda: ops.lowrank_linear_packed(x, ops.pack_panels(down), ops.pack_panels(up), 2, 5, True, None, 0),
+        lambda: ops.pack_panels(up, random(4)),
         lambda: ops.gated_lowrank_linear(x, down, up, gate, None, None, None, 0),
         lambda: ops.gated_lowrank_linear(x, down, random(3, 5, 2), gate, None, None, None, 0),
         lambda: ops.gated_lowrank_conv2d_mix(random(2, 3, 4, 4), random(4, 5, 2), gate, None, None, None, 0, False),
@@ -417,12 +432,18 @@ def test_a_wrong_instruction_set_is_an_error_that_names_the_choices():
 
 
 @pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
-@pytest.mark.parametrize("level", ("generic", "avx512"))
+@pytest.mark.parametrize("level", ("generic", "avx2", "avx512", "emulated avx512_bf16"))
 def test_under_sanitizers(level, tmp_path):
+    """Also the tile shapes and pair products of avx512_bf16 on any machine: the compiler splits the vectors."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or not runs_here(level):
+    if compiler is None or not runs_here("generic" if "emulated" in level else level):
         pytest.skip(f"no sanitizer looked at the {level} kernels: no g++, or the CPU lacks the instructions")
-    flags = {"generic": [], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}[level]
+    flags = {
+        "generic": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        "emulated avx512_bf16": ["-DINHERIT_KERNELS_EMULATED", "-Wno-psabi"],
+    }[level]
     common = [compiler, "-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     common += ["-DINHERIT_KERNELS_POISON", "-DINHERIT_KERNELS_ISA=under_test", f"-I{ROOT}/csrc/include"]
     kernels, program = tmp_path / "kernels.o", tmp_path / "program"

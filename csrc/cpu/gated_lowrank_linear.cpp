@@ -21,9 +21,10 @@ void check_gate(const Gate& gate, int64_t heads, int64_t rank, int64_t out, Dtyp
   check(gate.bias, "bias", {heads, out}, dtype);
 }
 
-// Plain weights: down [R, K], up [H, N, R]. Packed: their panels, with the rank and N given.
+// Plain weights: down [R, K], up [H, N, R], biases. Packed: their panels, with the rank and N given; the biases are in
+// the panels, or there are none.
 Result forward(Tensor x, const Tensor& down, const Tensor& up, const Gate& gate, OptionalTensor residual,
-               int64_t activation, bool packed, int64_t rank, int64_t out, bool keep_t) {
+               int64_t activation, bool packed, bool biased, int64_t rank, int64_t out, bool keep_t) {
   Runtime runtime = cpu_runtime();
   Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
@@ -33,9 +34,10 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const Gate& gate,
   y_sizes.back() = out;
   t_sizes.back() = rank;
   check_gate(gate, heads, rank, out, dtype);
+  LinearForward f{};
   if (packed) {
-    check(down, "panels_down", {panels_size(*runtime.kernels, rank, in)}, Dtype::kFloat32);
-    check(up, "panels_up", {panels_size(*runtime.kernels, out, heads * rank)}, Dtype::kFloat32);
+    f.down_panels = panels_of(runtime, down, "panels_down", dtype, rank, in);
+    f.up_panels = panels_of(runtime, up, "panels_up", dtype, out, heads * (rank + biased));
   } else {
     check(down, "down", {rank, in}, dtype);
     check(up, "up", {heads, out, rank}, dtype);
@@ -44,13 +46,10 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const Gate& gate,
 
   Result result{empty_cpu(y_sizes, dtype), std::nullopt};
   if (keep_t) result.t = empty_cpu(t_sizes, dtype);
-  LinearForward f{};
   f.shape = {row_count(y_sizes), in, rank, out, heads};
   f.x = rows_view(x, dtype);
-  if (packed) {
-    f.down_panels = static_cast<const float*>(down.data_ptr());
-    f.up_panels = static_cast<const float*>(up.data_ptr());
-  } else {
+  f.packed = packed;
+  if (!packed) {
     f.down = matrix_view(down, dtype);
     f.up = heads_view(up, dtype);
   }
@@ -71,7 +70,7 @@ Tensor gated_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor gate_weight
   check_dims(down, "down", 2);
   check_dims(up, "up", 3);
   Gate gate{gate_weight, gate_bias, bias};
-  return forward(x, down, up, gate, residual, activation, false, down.size(0), up.size(1), false).y;
+  return forward(x, down, up, gate, residual, activation, false, false, down.size(0), up.size(1), false).y;
 }
 
 std::tuple<Tensor, Tensor> gated_lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor gate_weight,
@@ -80,15 +79,15 @@ std::tuple<Tensor, Tensor> gated_lowrank_linear_saving(Tensor x, Tensor down, Te
   check_dims(down, "down", 2);
   check_dims(up, "up", 3);
   Gate gate{gate_weight, gate_bias, bias};
-  Result r = forward(x, down, up, gate, residual, activation, false, down.size(0), up.size(1), true);
+  Result r = forward(x, down, up, gate, residual, activation, false, false, down.size(0), up.size(1), true);
   return {r.y, *r.t};
 }
 
 Tensor gated_lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int64_t rank, int64_t out_features,
-                                   Tensor gate_weight, OptionalTensor gate_bias, OptionalTensor bias,
-                                   OptionalTensor residual, int64_t activation) {
-  Gate gate{gate_weight, gate_bias, bias};
-  return forward(x, panels_down, panels_up, gate, residual, activation, true, rank, out_features, false).y;
+                                   Tensor gate_weight, OptionalTensor gate_bias, bool biased, OptionalTensor residual,
+                                   int64_t activation) {
+  Gate gate{gate_weight, gate_bias, std::nullopt};
+  return forward(x, panels_down, panels_up, gate, residual, activation, true, biased, rank, out_features, false).y;
 }
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

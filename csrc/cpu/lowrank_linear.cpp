@@ -9,9 +9,10 @@ struct Result {
   OptionalTensor t;
 };
 
-// Plain weights: down [R, K], up [N, R]. Packed: their panels, with the rank and N given.
+// Plain weights: down [R, K], up [N, R], bias. Packed: their panels, with the rank and N given; the bias is in the
+// panels, or there is none.
 Result forward(Tensor x, const Tensor& down, const Tensor& up, const OptionalTensor& bias, OptionalTensor residual,
-               int64_t activation, bool packed, int64_t rank, int64_t out, bool keep_t) {
+               int64_t activation, bool packed, bool biased, int64_t rank, int64_t out, bool keep_t) {
   Runtime runtime = cpu_runtime();
   Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
@@ -20,9 +21,10 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const OptionalTen
   int64_t in = y_sizes.back();
   y_sizes.back() = out;
   t_sizes.back() = rank;
+  LinearForward f{};
   if (packed) {
-    check(down, "panels_down", {panels_size(*runtime.kernels, rank, in)}, Dtype::kFloat32);
-    check(up, "panels_up", {panels_size(*runtime.kernels, out, rank)}, Dtype::kFloat32);
+    f.down_panels = panels_of(runtime, down, "panels_down", dtype, rank, in);
+    f.up_panels = panels_of(runtime, up, "panels_up", dtype, out, rank + biased);
   } else {
     check(down, "down", {rank, in}, dtype);
     check(up, "up", {out, rank}, dtype);
@@ -32,13 +34,10 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const OptionalTen
 
   Result result{empty_cpu(y_sizes, dtype), std::nullopt};
   if (keep_t) result.t = empty_cpu(t_sizes, dtype);
-  LinearForward f{};
   f.shape = {row_count(y_sizes), in, rank, out, 1};
   f.x = rows_view(x, dtype);
-  if (packed) {
-    f.down_panels = static_cast<const float*>(down.data_ptr());
-    f.up_panels = static_cast<const float*>(up.data_ptr());
-  } else {
+  f.packed = packed;
+  if (!packed) {
     f.down = matrix_view(down, dtype);
     f.up = {matrix_view(up, dtype), 0};
   }
@@ -56,20 +55,21 @@ Tensor lowrank_linear(Tensor x, Tensor down, Tensor up, OptionalTensor bias, Opt
                       int64_t activation) {
   check_dims(down, "down", 2);
   check_dims(up, "up", 2);
-  return forward(x, down, up, bias, residual, activation, false, down.size(0), up.size(0), false).y;
+  return forward(x, down, up, bias, residual, activation, false, false, down.size(0), up.size(0), false).y;
 }
 
 std::tuple<Tensor, Tensor> lowrank_linear_saving(Tensor x, Tensor down, Tensor up, OptionalTensor bias,
                                                  OptionalTensor residual, int64_t activation) {
   check_dims(down, "down", 2);
   check_dims(up, "up", 2);
-  Result r = forward(x, down, up, bias, residual, activation, false, down.size(0), up.size(0), true);
+  Result r = forward(x, down, up, bias, residual, activation, false, false, down.size(0), up.size(0), true);
   return {r.y, *r.t};
 }
 
 Tensor lowrank_linear_packed(Tensor x, Tensor panels_down, Tensor panels_up, int64_t rank, int64_t out_features,
-                             OptionalTensor bias, OptionalTensor residual, int64_t activation) {
-  return forward(x, panels_down, panels_up, bias, residual, activation, true, rank, out_features, false).y;
+                             bool biased, OptionalTensor residual, int64_t activation) {
+  return forward(x, panels_down, panels_up, std::nullopt, residual, activation, true, biased, rank, out_features, false)
+      .y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor down,

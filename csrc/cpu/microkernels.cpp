@@ -18,7 +18,7 @@ namespace {
 
 // A register tile is kRows x (kWide vectors): 24 of 32 registers hold sums with AVX-512, 12 of 16 otherwise.
 constexpr int kWide = 2;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(INHERIT_KERNELS_EMULATED)
 constexpr int kRows = 12;
 #else
 constexpr int kRows = 6;
@@ -65,7 +65,7 @@ void tile(const float* a, int64_t lda, int64_t depth, const float* b, int64_t b_
 
 using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(INHERIT_KERNELS_EMULATED)
 constexpr Tile kTiles[2][kRows] = {
     {tile<1, false>, tile<2, false>, tile<3, false>, tile<4, false>, tile<5, false>, tile<6, false>, tile<7, false>,
      tile<8, false>, tile<9, false>, tile<10, false>, tile<11, false>, tile<12, false>},
@@ -87,6 +87,234 @@ void product(const float* a, int64_t lda, bool transposed, int64_t rows, int64_t
                                     accumulate);
     }
   }
+}
+
+// ---- products of panels, with epilogue
+
+// A tile's sums: kM rows of kP panels.
+template <int kM, int kP>
+struct Sums {
+  static constexpr int kVectors = kP * kWide;
+
+  inline __attribute__((always_inline)) void start(const float* init, int64_t ld) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) v[i][j] = init ? load_vec(init + i * ld + j * kLanes) : Vec{};
+    }
+  }
+
+  inline __attribute__((always_inline)) void store(float* c, int64_t ldc, bool relu) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        store_vec(c + i * ldc + j * kLanes, relu ? activate<Activation::kRelu>(v[i][j]) : v[i][j]);
+      }
+    }
+  }
+
+  Vec v[kM][kVectors];
+};
+
+template <int kM, int kP>
+void panel_tile(const void* rows, int64_t lda, int64_t depth, const void* panels, int64_t b_panel, const float* init,
+                int64_t ld_init, float* c, int64_t ldc, bool relu) {
+  const float *a = static_cast<const float*>(rows), *b = static_cast<const float*>(panels);
+  Sums<kM, kP> sums;
+  sums.start(init, ld_init);
+#pragma GCC unroll 4
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec column[kP * kWide];
+#pragma GCC unroll 16
+    for (int j = 0; j < kP * kWide; ++j) column[j] = load_vec(b + (j / kWide) * b_panel + (j % kWide) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+      Vec value = broadcast(a[i * lda + d]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kP * kWide; ++j) sums.v[i][j] += value * column[j];
+    }
+    b += kPanel;
+  }
+  sums.store(c, ldc, relu);
+}
+
+// Pairs of bfloat16 widened on the way: a shift gives the even depth, a mask the odd one. The columns are read for each
+// of the two, so that no more of them are in registers than in panel_tile.
+template <bool kOdd>
+inline Vec widen(UInts pairs) {
+  return (Vec)(kOdd ? pairs & 0xffff0000u : pairs << 16);
+}
+
+template <int kM, int kP, bool kOdd>
+inline __attribute__((always_inline)) void add_widened(Sums<kM, kP>& sums, const float* a, int64_t lda,
+                                                       const uint16_t* b, int64_t b_panel) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kP; ++p) {
+    Vec column[kWide];
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; ++w) column[w] = widen<kOdd>(load_pairs(b + p * b_panel + w * 2 * kLanes));
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+      Vec value = broadcast(a[i * lda + kOdd]);
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) sums.v[i][p * kWide + w] += value * column[w];
+    }
+  }
+}
+
+template <int kM, int kP>
+void widening_tile(const void* rows, int64_t lda, int64_t depth, const void* panels, int64_t b_panel, const float* init,
+                   int64_t ld_init, float* c, int64_t ldc, bool relu) {
+  const float* a = static_cast<const float*>(rows);
+  const uint16_t* b = static_cast<const uint16_t*>(panels);
+  Sums<kM, kP> sums;
+  sums.start(init, ld_init);
+  for (int64_t d = 0; d + 1 < depth; d += 2) {
+    add_widened<kM, kP, false>(sums, a + d, lda, b, b_panel);
+    // Few rows of many columns: without this the compiler keeps 8 columns for the odd depth, and spills sums (2 times
+    // slower at one row). One panel is better left to it.
+    if (kP > 1) asm volatile("" ::: "memory");
+    add_widened<kM, kP, true>(sums, a + d, lda, b, b_panel);
+    b += 2 * kPanel;
+  }
+  if (depth % 2) add_widened<kM, kP, false>(sums, a + depth - 1, lda, b, b_panel);
+  sums.store(c, ldc, relu);
+}
+
+#ifdef INHERIT_KERNELS_PAIR_PRODUCTS
+// bfloat16 rows and panels, two depths an instruction.
+template <int kM, int kP>
+void pair_tile(const void* rows, int64_t lda, int64_t depth, const void* panels, int64_t b_panel, const float* init,
+               int64_t ld_init, float* c, int64_t ldc, bool relu) {
+  const uint16_t *a = static_cast<const uint16_t*>(rows), *b = static_cast<const uint16_t*>(panels);
+  Sums<kM, kP> sums;
+  sums.start(init, ld_init);
+  for (int64_t d = 0; d < depth; d += 2) {
+    bool odd = d + 1 == depth;
+    UInts column[kP * kWide];
+#pragma GCC unroll 16
+    for (int j = 0; j < kP * kWide; ++j) {
+      column[j] = load_pairs(b + (j / kWide) * b_panel + (j % kWide) * 2 * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+      UInts value = odd ? broadcast_half(a + i * lda + d) : broadcast_pair(a + i * lda + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < kP * kWide; ++j) sums.v[i][j] = add_pair_product(sums.v[i][j], value, column[j]);
+    }
+    b += 2 * kPanel;
+  }
+  sums.store(c, ldc, relu);
+}
+#endif
+
+using PanelTile = void (*)(const void*, int64_t, int64_t, const void*, int64_t, const float*, int64_t, float*, int64_t,
+                           bool);
+
+// One panel for each number of rows, and few rows of several panels: a row alone would wait for its two sums.
+struct PanelTiles {
+  PanelTile one[kRows], several[3];
+};
+constexpr int kSeveral[3] = {4, 2, 2};
+
+#if defined(__AVX512F__) || defined(INHERIT_KERNELS_EMULATED)
+#define INHERIT_KERNELS_TILES(tile)                                                                                \
+  {                                                                                                                \
+      {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>, tile<7, 1>, tile<8, 1>, tile<9, 1>, \
+       tile<10, 1>, tile<11, 1>, tile<12, 1>},                                                                     \
+      {tile<1, 4>, tile<2, 2>, tile<3, 2>},                                                                        \
+  }
+#else
+#define INHERIT_KERNELS_TILES(tile)                                             \
+  {                                                                             \
+      {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>}, \
+      {tile<1, 4>, tile<2, 2>, tile<3, 2>},                                     \
+  }
+#endif
+
+constexpr PanelTiles kFloatTiles = INHERIT_KERNELS_TILES(panel_tile);
+#ifdef INHERIT_KERNELS_PAIR_PRODUCTS
+constexpr PanelTiles kPairTiles = INHERIT_KERNELS_TILES(pair_tile);
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr PanelTiles kPairTiles = INHERIT_KERNELS_TILES(widening_tile);
+constexpr bool kMultipliesPairs = false;
+#endif
+
+// One bfloat16 panel as a float32 panel.
+void widen_panel(const uint16_t* pairs, int64_t depth, float* out) {
+  for (int64_t d = 0; d < depth; d += 2) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; ++w) {
+      UInts columns = load_pairs(pairs + d * kPanel + w * 2 * kLanes);
+      store_vec(out + d * kPanel + w * kLanes, widen<false>(columns));
+      store_vec(out + (d + 1) * kPanel + w * kLanes, widen<true>(columns));
+    }
+  }
+}
+
+// Calls body(tile, a, b, first row, rows, first column, columns) for all tiles, panels outermost: a panel stays in the
+// first level cache while the rows pass, as float32 if these are many (20 % faster than widening it in every tile).
+// Rows are shared out evenly: 32 rows are 2 * 6 + 4 * 5, not 5 * 6 + 2.
+template <class Body>
+void over_tiles(const Product& p, const Body& body) {
+  if (p.rows == 0) return;
+  bool pairs = p.b_dtype == Dtype::kBFloat16, widens = pairs && !kMultipliesPairs && p.rows > kRows;
+  const PanelTiles& tiles = pairs && !widens ? kPairTiles : kFloatTiles;
+  int64_t count = (p.rows + kRows - 1) / kRows, rows = p.rows / count, larger = p.rows % count;
+  int64_t b_size = pairs ? 2 : 4, a_size = p.a.dtype == Dtype::kFloat32 ? 4 : 2;
+  alignas(64) float widened[kMultipliesPairs ? 1 : kMaxPanelDepth * kPanel];
+  for (int64_t panel = 0, step; panel < p.panels; panel += step) {
+    step = p.rows <= 3 && panel + kSeveral[p.rows - 1] <= p.panels ? kSeveral[p.rows - 1] : 1;
+    const void* b = static_cast<const char*>(p.b) + panel * p.b_panel * b_size;
+    if (widens) {
+      widen_panel(static_cast<const uint16_t*>(b), p.depth, widened);
+      b = widened;
+    }
+    for (int64_t t = 0, i = 0; t < count; ++t) {
+      int64_t tile_rows = rows + (t < larger);
+      PanelTile tile = step > 1 ? tiles.several[tile_rows - 1] : tiles.one[tile_rows - 1];
+      body(tile, static_cast<const char*>(p.a.data) + i * p.a.ld * a_size, b, i, tile_rows, panel * kPanel,
+           step * kPanel);
+      i += tile_rows;
+    }
+  }
+}
+
+void multiply(const Product& p, float* c, int64_t ldc) {
+  over_tiles(p, [&](PanelTile tile, const void* a, const void* b, int64_t i, int64_t, int64_t j, int64_t) {
+    const float* init = p.init ? p.init + i * p.ld_init + j : nullptr;
+    tile(a, p.a.ld, p.depth, b, p.b_panel, init, p.ld_init, c + i * ldc + j, ldc, false);
+  });
+}
+
+void finish(const float* c, int64_t ldc, int64_t rows, int64_t cols, MatrixView residual, Activation activation,
+            void* out, Dtype dtype, int64_t ldo);
+
+inline const void* offset(const void* data, Dtype dtype, int64_t index) {
+  return static_cast<const char*>(data) + index * (dtype == Dtype::kFloat32 ? 4 : 2);
+}
+
+// Full float32 tiles without transcendental functions go from the registers to the output (10 % faster at depth 64);
+// others through a buffer of one tile.
+void multiply_finish(const Product& p, const Epilogue& e) {
+  bool relu = e.activation == Activation::kRelu;
+  bool direct = e.dtype == Dtype::kFloat32 && (relu || e.activation == Activation::kNone) && !e.residual.data;
+  over_tiles(p, [&](PanelTile tile, const void* a, const void* b, int64_t i, int64_t rows, int64_t j, int64_t cols) {
+    const float* init = p.init ? p.init + i * p.ld_init + j : nullptr;
+    void* out = const_cast<void*>(offset(e.out, e.dtype, i * e.ld_out + j));
+    if (direct && j + cols <= e.cols) {
+      return tile(a, p.a.ld, p.depth, b, p.b_panel, init, p.ld_init, static_cast<float*>(out), e.ld_out, relu);
+    }
+    float c[kRows * kPanel];
+    tile(a, p.a.ld, p.depth, b, p.b_panel, init, p.ld_init, c, cols, false);
+    MatrixView residual = e.residual;
+    if (residual.data) {
+      residual.data = offset(residual.data, residual.dtype, i * residual.row_stride + j * residual.col_stride);
+    }
+    finish(c, cols, rows, min64(cols, e.cols - j), residual, e.activation, out, e.dtype, e.ld_out);
+  });
 }
 
 inline float horizontal_sum(Vec v) {
@@ -176,27 +404,46 @@ void copy_run(const T* src, int64_t count, float* dst) {
   for (; k < count; ++k) dst[k] = to_float(src[k]);
 }
 
+// dst[d * ld + j] = load(j, d) for a square of kLanes: `load` gives the vector of row j from column d on.
+template <class Load>
+inline void transpose_square(const Load& load, float* dst, int64_t ld) {
+  Vec v[kLanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) v[j] = load(j);
+  transpose(v);
+#pragma GCC unroll 16
+  for (int d = 0; d < kLanes; ++d) store_vec(dst + d * ld, v[d]);
+}
+
+// One panel of rows with unit stride, `at(j, d)` being the address of an element and T how it is read as 32 bits.
+template <class T, class At, class Scalar>
+void pack_rows(const At& at, const Scalar& scalar, int64_t count, int64_t depth, float* dst) {
+  int64_t squares = count / kLanes * kLanes, d = 0;
+  for (; d + kLanes <= depth; d += kLanes) {
+    for (int64_t j0 = 0; j0 < squares; j0 += kLanes) {
+      transpose_square([&](int64_t j) { return load_vec(reinterpret_cast<const T*>(at(j0 + j, d))); },
+                       dst + d * kPanel + j0, kPanel);
+    }
+    for (int64_t j = squares; j < kPanel; ++j) {
+      for (int64_t k = d; k < d + kLanes; ++k) dst[k * kPanel + j] = j < count ? scalar(at(j, k)) : 0.0f;
+    }
+  }
+  for (; d < depth; ++d) {
+    for (int64_t j = 0; j < kPanel; ++j) dst[d * kPanel + j] = j < count ? scalar(at(j, d)) : 0.0f;
+  }
+}
+
 template <class T>
 void pack_typed(const T* w, int64_t row, int64_t col, int64_t count, int64_t depth, float* dst) {
-  if (row == 1 && col != 1) {  // outputs lie side by side: copy runs
-    for (int64_t d = 0; d < depth; ++d) {
-      copy_run(w + d * col, count, dst + d * kPanel);
-      for (int64_t j = count; j < kPanel; ++j) dst[d * kPanel + j] = 0.0f;
-    }
-    return;
+  if (col == 1) {
+    return pack_rows<T>([&](int64_t j, int64_t d) { return w + j * row + d; }, [](const T* p) { return to_float(*p); },
+                        count, depth, dst);
   }
-  // Transpose in blocks of kBlock depths: the written block (kBlock runs of kPanel) stays in the first level cache.
-  constexpr int64_t kBlock = 16;
-  for (int64_t d0 = 0; d0 < depth; d0 += kBlock) {
-    int64_t block = min64(kBlock, depth - d0);
-    for (int64_t j = 0; j < kPanel; ++j) {
-      float* out = dst + d0 * kPanel + j;
-      const T* in = w + j * row + d0 * col;
-      if (j >= count) {
-        for (int64_t d = 0; d < block; ++d) out[d * kPanel] = 0.0f;
-      } else {
-        for (int64_t d = 0; d < block; ++d) out[d * kPanel] = to_float(in[d * col]);
-      }
+  bool runs = row == 1;  // outputs lie side by side
+  for (int64_t d = 0; d < depth; ++d) {
+    if (runs) copy_run(w + d * col, count, dst + d * kPanel);
+    for (int64_t j = runs ? count : 0; j < kPanel; ++j) {
+      dst[d * kPanel + j] = j < count ? to_float(w[j * row + d * col]) : 0.0f;
     }
   }
 }
@@ -207,6 +454,29 @@ void pack(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t depth, fl
     pack_typed(static_cast<const float*>(w.data) + offset, w.row_stride, w.col_stride, count, depth, dst);
   } else {
     pack_typed(static_cast<const uint16_t*>(w.data) + offset, w.row_stride, w.col_stride, count, depth, dst);
+  }
+}
+
+// A pair is moved as the 32 bits of a float.
+void pack_pairs(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t depth, uint16_t* dst) {
+  const uint16_t* source = static_cast<const uint16_t*>(w.data) + j0 * w.row_stride + d0 * w.col_stride;
+  int64_t d = 0;
+  if (w.col_stride == 1) {
+    auto pair = [](const uint16_t* p) {
+      float value;
+      __builtin_memcpy(&value, p, sizeof value);
+      return value;
+    };
+    d = depth / 2 * 2;
+    pack_rows<float>([&](int64_t j, int64_t k) { return source + j * w.row_stride + 2 * k; }, pair, count, depth / 2,
+                     reinterpret_cast<float*>(dst));
+  }
+  for (; d < depth; ++d) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      uint16_t* out = dst + d / 2 * 2 * kPanel + 2 * j;
+      out[d % 2] = j < count ? source[j * w.row_stride + d * w.col_stride] : 0;
+      if (d + 1 == depth && d % 2 == 0) out[1] = 0;
+    }
   }
 }
 
@@ -398,10 +668,14 @@ const Kernels INHERIT_KERNELS_TABLE(INHERIT_KERNELS_ISA) = {
     INHERIT_KERNELS_NAME(INHERIT_KERNELS_ISA),
     kRows,
     kPanel,
+    kMultipliesPairs,
     pack,
+    pack_pairs,
     load,
     store,
     product,
+    multiply,
+    multiply_finish,
     dot,
     finish,
     softmax,

@@ -7,14 +7,22 @@
 namespace inherit_kernels {
 namespace {
 
-Tensor pack_panels(Tensor weight) {
-  check_dims(weight, "weight", 2);
+// A weight [J, D], or those of heads [H, J, D] side by side as [J, H * D]; then the biases [J] or [H, J].
+Tensor pack_panels(Tensor weight, OptionalTensor bias) {
+  bool heads = weight.dim() == 3;
+  if (!heads) check_dims(weight, "weight", 2);
   Dtype dtype = dtype_of(weight, "weight");
   STD_TORCH_CHECK(weight.is_cpu(), "weight: device must be cpu");
   Runtime runtime = cpu_runtime();
-  int64_t outputs = weight.size(0), depth = weight.size(1);
-  Tensor panels = empty_cpu({panels_size(*runtime.kernels, outputs, depth)}, Dtype::kFloat32);
-  pack_all(runtime, matrix_view(weight, dtype), outputs, depth, static_cast<float*>(panels.data_ptr()));
+  PackedSource source{};
+  source.heads = heads ? weight.size(0) : 1;
+  source.outputs = weight.size(heads);
+  source.rank = weight.size(heads + 1);
+  source.up = heads ? heads_view(weight, dtype) : HeadsView{matrix_view(weight, dtype), 0};
+  check(bias, "bias", heads ? Sizes{source.heads, source.outputs} : Sizes{source.outputs}, dtype);
+  source.bias = heads ? matrix_view(bias, dtype) : vector_view(bias, dtype);
+  Tensor panels = empty_cpu({panels_elements(*runtime.kernels, dtype, source.outputs, source.depth())}, dtype);
+  pack_source(runtime, source, panels.data_ptr());
   return panels;
 }
 

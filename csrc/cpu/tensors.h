@@ -79,9 +79,11 @@ inline int64_t row_count(const Sizes& sizes) {
   return rows;
 }
 
-// Floats in the panels of a weight [outputs, depth].
-inline int64_t panels_size(const Kernels& k, int64_t outputs, int64_t depth) {
-  return round_up(outputs, k.nr) * depth;
+// The panels that pack_panels made of a weight [outputs, depth].
+inline Panels panels_of(const Runtime& runtime, const Tensor& panels, const char* name, Dtype dtype, int64_t outputs,
+                        int64_t depth) {
+  check(panels, name, {panels_elements(*runtime.kernels, dtype, outputs, depth)}, dtype);
+  return {panels.data_ptr(), dtype, depth};
 }
 
 inline Tensor empty_if(bool needed, const Sizes& sizes, Dtype dtype) {

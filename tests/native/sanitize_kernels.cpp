@@ -131,15 +131,16 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
   Output y_out(s.rows * s.out, dtype), t_out(s.rows * s.rank, dtype);
   MatrixView none{};
   HeadsView heads{up.view(s.rank), s.out * s.rank};
-  Scratch down_panels(round_up(s.rank, k.nr) * s.in), up_panels(round_up(s.out, k.nr) * s.heads * s.rank);
-  pack_all(run, down.view(s.in), s.rank, s.in, down_panels.get());
-  pack_all_heads(run, heads, s.heads, s.rank, s.out, up_panels.get());
+  PackedSource down_source{{down.view(s.in), 0}, 1, s.in, s.rank, none};
+  PackedSource up_source{heads, s.heads, s.rank, s.out, bias.view(s.out)};
+  WeightPanels down_panels(run, false, {}, down_source), up_panels(run, false, {}, up_source);
   LinearForward f{s,
                   x.view(s.in),
                   down.view(s.in),
                   heads,
-                  packed ? down_panels.get() : nullptr,
-                  packed ? up_panels.get() : nullptr,
+                  packed,
+                  down_panels.panels,
+                  up_panels.panels,
                   gated ? gate.view(s.rank) : none,
                   gated ? gate_bias.view(0) : none,
                   bias.view(s.out),

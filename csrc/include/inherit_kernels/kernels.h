@@ -27,15 +27,53 @@ struct MatrixView {
 // the rows of a block pass over them.
 constexpr int64_t kDepthBlock = 192;
 
+// About the depths of one call of `multiply` (see depth_block): 512 * 16 floats of a panel are a first level cache, and
+// longer runs of a sum lose accuracy.
+constexpr int64_t kPanelDepth = 512;
+constexpr int64_t kMaxPanelDepth = 768;
+
+// Rows with unit stride: the left operand of `multiply`.
+struct Rows {
+  const void* data;
+  Dtype dtype;
+  int64_t ld;
+};
+
+// c[i, j] = init[i, j] + sum_d a[i, d] b[d, j] for `panels` panels, the sum taken in order. `b` is the first panel at
+// the first depth, an even one where panels are bfloat16; `b_panel` counts its elements from panel to panel. init may
+// be absent; it may be c.
+struct Product {
+  Rows a;
+  int64_t rows, depth;
+  const void* b;
+  Dtype b_dtype;
+  int64_t b_panel, panels;
+  const float* init;
+  int64_t ld_init;
+};
+
+// out[i, j] = activation(product[i, j] + residual[i, j]) for j < cols; residual may be absent.
+struct Epilogue {
+  MatrixView residual;
+  Activation activation;
+  void* out;
+  Dtype dtype;
+  int64_t ld_out, cols;
+};
+
 // Panels: a weight [J, D] is cut into ceil(J / nr) panels [D, nr], padded with zeros, so that a product reads `nr`
-// neighbouring outputs of one depth index as one run.
+// neighbouring outputs of one depth index as one run. bfloat16 panels hold the depths in pairs, [ceil(D / 2), nr, 2]:
+// the 32-bit lanes that AVX512-BF16 multiplies, and of which a shift and a mask make two float vectors elsewhere.
 struct Kernels {
   const char* name;
-  int64_t mr;  // rows of one register tile
-  int64_t nr;  // columns of one register tile: the panel width
+  int64_t mr;                // rows of one register tile
+  int64_t nr;                // columns of one register tile: the panel width
+  bool multiplies_bfloat16;  // bfloat16 panels take bfloat16 rows; otherwise every panel takes float32 rows
 
   // One panel: dst[d * nr + j] = w[j0 + j, d0 + d] for j < count, zero for the rest of the nr columns.
   void (*pack)(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t depth, float* dst);
+  // The same as pairs of bfloat16, from bfloat16; the second half of an odd last pair is zero.
+  void (*pack_pairs)(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t depth, uint16_t* dst);
   // dst[i * ld + d] = x[i0 + i, d0 + d] as float32.
   void (*load)(MatrixView x, int64_t i0, int64_t rows, int64_t d0, int64_t depth, float* dst, int64_t ld);
   // dst[i * ld_dst + j] = src[i * ld_src + j], rounded to nearest even for bfloat16. dst counts elements.
@@ -45,6 +83,9 @@ struct Kernels {
   // The sum over d is taken in order and for every element alike, whatever the row, its neighbours and the tiling.
   void (*product)(const float* a, int64_t lda, bool transposed, int64_t rows, int64_t depth, const float* b,
                   int64_t b_depth, int64_t b_panel, int64_t panels, float* c, int64_t ldc, bool accumulate);
+  // The product into c [rows, panels * nr], or finished.
+  void (*multiply)(const Product& product, float* c, int64_t ldc);
+  void (*multiply_finish)(const Product& product, const Epilogue& epilogue);
   // out[i, j] (+)= sum_d x[i, d] w[j0 + j, d] for j < count, w.col_stride == 1: for few rows (<= kDotRows), straight
   // from the weight. x is [rows, ldx] float32 with ldx >= padded(depth), its padding is not read.
   void (*dot)(const float* x, int64_t ldx, int64_t rows, int64_t depth, MatrixView w, int64_t j0, int64_t count,

@@ -19,6 +19,118 @@ inline MatrixView head(const HeadsView& up, int64_t h) {
   return view;
 }
 
+// A packed weight [outputs, depth]: see kernels.h.
+struct Panels {
+  const void* data;
+  Dtype dtype;
+  int64_t depth;
+};
+
+// Elements of one panel.
+inline int64_t panel_elements(const Kernels& k, Dtype dtype, int64_t depth) {
+  return k.nr * (dtype == Dtype::kFloat32 ? depth : round_up(depth, 2));
+}
+
+inline int64_t panels_elements(const Kernels& k, Dtype dtype, int64_t outputs, int64_t depth) {
+  return ceil_div(outputs, k.nr) * panel_elements(k, dtype, depth);
+}
+
+inline Panels from_panel(const Kernels& k, Panels w, int64_t p) {
+  w.data = element(w.data, w.dtype, p * panel_elements(k, w.dtype, w.depth));
+  return w;
+}
+
+// Depths are taken in even blocks of about kPanelDepth: of 1539 three, not four of which one has three depths.
+inline int64_t depth_block(int64_t depth) {
+  int64_t blocks = std::max<int64_t>(1, (depth + kPanelDepth / 2) / kPanelDepth);
+  return round_up(ceil_div(depth, blocks), 2);
+}
+
+// Rows of one step of `rows_of`: floats for `rows` rows of `depth`, twice where they become bfloat16.
+inline int64_t loaded_ld(int64_t depth) {
+  return depth + 16;
+}
+
+// x[i0 : i0 + rows, d0 : d0 + depth] as the left operand for panels of a dtype: in place where its dtype and strides
+// allow, otherwise through `scratch` of 2 * rows * loaded_ld(depth) floats. Rows a multiple of 4096 bytes apart share
+// one set of the first level cache, which holds 8 of the 12 lines that a tile reads: copied (12 % faster, K = 1024).
+inline Rows rows_of(const Kernels& k, MatrixView x, Dtype panels, int64_t i0, int64_t rows, int64_t d0, int64_t depth,
+                    float* scratch) {
+  bool halves = panels == Dtype::kBFloat16 && k.multiplies_bfloat16;
+  Dtype wanted = halves ? Dtype::kBFloat16 : Dtype::kFloat32;
+  bool aliased = k.mr > 8 && rows > 8 && x.row_stride * element_size(x.dtype) % 4096 == 0;
+  if (x.dtype == wanted && x.col_stride == 1 && !aliased) {
+    return {element(x.data, x.dtype, i0 * x.row_stride + d0), wanted, x.row_stride};
+  }
+  int64_t ld = loaded_ld(depth);
+  k.load(x, i0, rows, d0, depth, scratch, ld);
+  if (!halves) return {scratch, wanted, ld};
+  float* copy = scratch + rows * ld;
+  k.store(scratch, ld, rows, depth, copy, wanted, ld);
+  return {copy, wanted, ld};
+}
+
+inline Rows shifted(Rows a, int64_t d0) {
+  a.data = element(a.data, a.dtype, d0);
+  return a;
+}
+
+// c [rows, panels * nr] = a w^T for the first `panels` panels of w; block by block in order, so that every row is
+// summed alike. `rows_at(d0, depth)` gives the left operand of a block.
+template <class RowsAt>
+void multiply_panels(const Kernels& k, const RowsAt& rows_at, int64_t rows, Panels w, int64_t panels, float* c,
+                     int64_t ldc) {
+  int64_t d0 = 0, block = depth_block(w.depth), b_panel = panel_elements(k, w.dtype, w.depth);
+  do {
+    int64_t depth = std::min(block, w.depth - d0);
+    const float* init = d0 > 0 ? c : nullptr;
+    k.multiply(
+        {rows_at(d0, depth), rows, depth, element(w.data, w.dtype, d0 * k.nr), w.dtype, b_panel, panels, init, ldc}, c,
+        ldc);
+    d0 += block;
+  } while (d0 < w.depth);
+}
+
+// out = act(a w^T + residual) for `panels` panels; `c` is [rows, kFinishGroup * nr] scratch.
+constexpr int64_t kFinishGroup = 4;
+
+inline void multiply_finish_panels(const Kernels& k, Rows a, int64_t rows, Panels w, int64_t panels, Epilogue e,
+                                   float* c) {
+  int64_t block = depth_block(w.depth), b_panel = panel_elements(k, w.dtype, w.depth), ldc = kFinishGroup * k.nr;
+  const float* start = nullptr;  // the residual begins the sum where it can
+  int64_t ld_start = e.residual.row_stride;
+  if (e.residual.data && e.residual.dtype == Dtype::kFloat32 && e.residual.col_stride == 1 && e.cols % k.nr == 0) {
+    start = static_cast<const float*>(e.residual.data);
+    e.residual.data = nullptr;
+  }
+  int64_t group = w.depth <= block ? panels : kFinishGroup;
+  for (int64_t p = 0; p < panels; p += group) {
+    Panels b = from_panel(k, w, p);
+    int64_t count = std::min(group, panels - p), j = p * k.nr;
+    Epilogue part = {shifted(e.residual, 0, j),         e.activation, element(e.out, e.dtype, j), e.dtype, e.ld_out,
+                     std::min(count * k.nr, e.cols - j)};
+    for (int64_t d0 = 0; d0 < w.depth; d0 += block) {
+      int64_t depth = std::min(block, w.depth - d0);
+      Product product = {shifted(a, d0),
+                         rows,
+                         depth,
+                         element(b.data, b.dtype, d0 * k.nr),
+                         b.dtype,
+                         b_panel,
+                         count,
+                         d0 > 0  ? c
+                         : start ? start + j
+                                 : nullptr,
+                         d0 > 0 ? ldc : ld_start};
+      if (d0 + block < w.depth) {
+        k.multiply(product, c, ldc);
+      } else {
+        k.multiply_finish(product, part);
+      }
+    }
+  }
+}
+
 // c (+)= a b for any depth: blocks of kDepthBlock, in order, so that every row is summed alike.
 inline void multiply(const Kernels& k, const float* a, int64_t lda, bool transposed, int64_t rows, int64_t depth,
                      const float* b, int64_t b_depth, int64_t b_panel, int64_t panels, float* c, int64_t ldc,
@@ -75,6 +187,50 @@ inline void pack_all_heads(const Runtime& runtime, const HeadsView& up, int64_t 
     for (int64_t p = begin; p < end; ++p) {
       pack_heads(k, up, rank, p * k.nr, std::min(k.nr, out - p * k.nr), 0, depth, panels + p * depth * k.nr);
     }
+  });
+}
+
+// A weight to be packed: [up_1 ... up_H, bias_1 ... bias_H] as [outputs, heads * rank + heads], or without the biases.
+struct PackedSource {
+  HeadsView up;
+  int64_t heads, rank, outputs;
+  MatrixView bias;  // [heads, outputs]; may be absent
+
+  int64_t depth() const { return heads * rank + (bias.data ? heads : 0); }
+};
+
+// One panel of a float32 weight, or of a bfloat16 weight as pairs. Pairs may straddle two heads, so several heads are
+// gathered first, into `gathered` of nr * depth bfloat16.
+inline void pack_panel(const Kernels& k, const PackedSource& w, int64_t p, uint16_t* gathered, void* panel) {
+  int64_t j0 = p * k.nr, count = std::min(k.nr, w.outputs - j0), depth = w.depth();
+  MatrixView bias = transposed(w.bias);
+  if (w.up.matrix.dtype == Dtype::kFloat32) {
+    float* out = static_cast<float*>(panel);
+    for (int64_t h = 0; h < w.heads; ++h) k.pack(head(w.up, h), j0, count, 0, w.rank, out + h * w.rank * k.nr);
+    if (bias.data) k.pack(bias, j0, count, 0, w.heads, out + w.heads * w.rank * k.nr);
+    return;
+  }
+  if (w.heads == 1 && !bias.data) return k.pack_pairs(w.up.matrix, j0, count, 0, depth, static_cast<uint16_t*>(panel));
+  auto gather = [&](MatrixView source, int64_t d0, int64_t columns) {
+    const uint16_t* in = static_cast<const uint16_t*>(source.data);
+    for (int64_t j = 0; j < count; ++j) {
+      const uint16_t* row = in + (j0 + j) * source.row_stride;
+      for (int64_t d = 0; d < columns; ++d) gathered[j * depth + d0 + d] = row[d * source.col_stride];
+    }
+  };
+  for (int64_t h = 0; h < w.heads; ++h) gather(head(w.up, h), h * w.rank, w.rank);
+  if (bias.data) gather(bias, w.heads * w.rank, w.heads);
+  k.pack_pairs({gathered, Dtype::kBFloat16, depth, 1}, 0, count, 0, depth, static_cast<uint16_t*>(panel));
+}
+
+inline void pack_source(const Runtime& runtime, const PackedSource& w, void* panels) {
+  const Kernels& k = *runtime.kernels;
+  Dtype dtype = w.up.matrix.dtype;
+  int64_t size = panel_elements(k, dtype, w.depth());
+  parallel(runtime, ceil_div(w.outputs, k.nr), 4.0 * w.outputs * w.depth(), [&](int64_t begin, int64_t end) {
+    Scratch gathered(ceil_div(size, 2));
+    uint16_t* halves = reinterpret_cast<uint16_t*>(gathered.get());
+    for (int64_t p = begin; p < end; ++p) pack_panel(k, w, p, halves, element(panels, dtype, p * size));
   });
 }
 

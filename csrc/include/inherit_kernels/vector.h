@@ -3,13 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "inherit_kernels/kernels.h"
 
 namespace inherit_kernels {
 namespace {
 
-#if defined(__AVX512F__)
+// INHERIT_KERNELS_EMULATED: the shapes of avx512_bf16 on any machine, for tests; the compiler splits the vectors.
+#if defined(__AVX512F__) || defined(INHERIT_KERNELS_EMULATED)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -21,6 +25,17 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UInts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+// Lanes of a, and from kLanes on of b; the indices are constants.
+inline __attribute__((always_inline)) Vec shuffle(Vec a, Vec b, Ints lanes) {
+#if defined(__clang__)
+  Vec v;
+  for (int k = 0; k < kLanes; ++k) v[k] = lanes[k] < kLanes ? a[lanes[k]] : b[lanes[k] - kLanes];
+  return v;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
 
 inline Vec broadcast(float value) {
   return value - Vec{};  // folded to a broadcast; 0 + value would stay an addition (-0 + 0 is 0)
@@ -42,6 +57,36 @@ inline Vec load_vec(const uint16_t* p) {
   return (Vec)(__builtin_convertvector(h, UInts) << 16);
 }
 
+// Pairs of bfloat16, the even one in the low half.
+inline UInts load_pairs(const uint16_t* p) {
+  UInts v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline UInts broadcast_pair(const uint16_t* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return pair - UInts{};
+}
+
+inline UInts broadcast_half(const uint16_t* p) {
+  return uint32_t(*p) - UInts{};
+}
+
+#if defined(__AVX512BF16__)
+#define INHERIT_KERNELS_PAIR_PRODUCTS
+inline Vec add_pair_product(Vec sum, UInts a, UInts b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#elif defined(INHERIT_KERNELS_EMULATED)
+#define INHERIT_KERNELS_PAIR_PRODUCTS
+inline Vec add_pair_product(Vec sum, UInts a, UInts b) {
+  sum += (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+  return sum + (Vec)(a << 16) * (Vec)(b << 16);
+}
+#endif
+
 // Round to nearest even; a NaN becomes torch's quiet 0x7fc0 (plain rounding could carry it into infinity).
 inline void store_vec(uint16_t* p, Vec v) {
   UInts bits = (UInts)v;
@@ -49,6 +94,30 @@ inline void store_vec(uint16_t* p, Vec v) {
   rounded = (v != v) ? UInts{} + 0x7fc0u : rounded;
   Halves h = __builtin_convertvector(rounded, Halves);
   __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The transpose of kLanes vectors in place: in step `s`, blocks of s by s change sides.
+template <int kStep>
+inline __attribute__((always_inline)) void transpose_step(Vec (&v)[kLanes]) {
+  Ints low, high;
+  for (int k = 0; k < kLanes; ++k) {
+    low[k] = k & kStep ? kLanes + (k ^ kStep) : k;
+    high[k] = k & kStep ? kLanes + k : k | kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    Vec a = v[i], b = v[i + kStep];
+    v[i] = shuffle(a, b, low);
+    v[i + kStep] = shuffle(a, b, high);
+  }
+}
+
+inline __attribute__((always_inline)) void transpose(Vec (&v)[kLanes]) {
+  if (kLanes > 8) transpose_step<kLanes == 16 ? 8 : 1>(v);
+  if (kLanes > 4) transpose_step<kLanes >= 8 ? 4 : 1>(v);
+  transpose_step<2>(v);
+  transpose_step<1>(v);
 }
 
 template <class T>

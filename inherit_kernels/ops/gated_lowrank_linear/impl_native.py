@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.heads import side_by_side
 from inherit_kernels.common.native import declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
@@ -65,8 +64,8 @@ def backward(
 def pack(
     down: Tensor, up: Tensor, gate_weight: Tensor, gate_bias: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The panels of `down` and of [up_1 … up_H]."""
-    return kernels.pack_panels(down), kernels.pack_panels(side_by_side(up))
+    """The panels of `down` and of [up_1 … up_H] with the biases."""
+    return kernels.pack_panels(down), kernels.pack_panels(up, bias)
 
 
 def forward_packed(
@@ -79,5 +78,5 @@ def forward_packed(
     down, up, gate_weight, gate_bias, bias = weights
     code = ACTIVATION_CODES[activation]
     return kernels.gated_lowrank_linear_packed(
-        x, *panels, down.shape[0], up.shape[1], gate_weight, gate_bias, bias, residual, code
+        x, *panels, down.shape[0], up.shape[1], gate_weight, gate_bias, bias is not None, residual, code
     )

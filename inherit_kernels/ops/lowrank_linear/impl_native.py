@@ -43,8 +43,8 @@ def backward(
 
 
 def pack(down: Tensor, up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The panels of `down` and `up`."""
-    return kernels.pack_panels(down), kernels.pack_panels(up)
+    """The panels of `down` and of `up` with the bias."""
+    return kernels.pack_panels(down), kernels.pack_panels(up, bias)
 
 
 def forward_packed(
@@ -56,4 +56,4 @@ def forward_packed(
 ) -> Tensor:
     down, up, bias = weights
     code = ACTIVATION_CODES[activation]
-    return kernels.lowrank_linear_packed(x, *panels, down.shape[0], up.shape[0], bias, residual, code)
+    return kernels.lowrank_linear_packed(x, *panels, down.shape[0], up.shape[0], bias is not None, residual, code)
