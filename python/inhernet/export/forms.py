@@ -55,7 +55,7 @@ def form_of(name: str, site: Site, model: nn.Module, channels_last: bool = False
         return _dense_form(site, layer, norm, channels_last)
     if not isinstance(layer, LowRankModule):
         raise ValueError("a dense layer has no other form than 'dense'")
-    weights: Any = _folded_factors(layer, norm)
+    weights: Any = _folded_factors(layer, norm, channels_last)
     tensors = tuple(w for w in weights if w is not None)
     if name == "packed":
         weights = inherit_kernels.pack(layer.op_name, *weights)
@@ -67,8 +67,12 @@ def form_of(name: str, site: Site, model: nn.Module, channels_last: bool = False
         options = {**getattr(layer, "_window", {}), "activation": activation}
         return _padded(inherit_kernels.bind(layer.op_name, weights, backend=_BACKENDS[name], **options), layer)
 
+    finish = _finish(site.activation)
+    if name == "unfused":  # the backend would add and activate into fresh memory
+        bare = bound(None)
+        return Form(name, lambda x, residual=None: finish(bare(x), residual), tensors)
     run = bound(site.activation)
-    return Form(name, _tolerant(run, bound(None), _finish(site.activation)) if site.residual else run, tensors)
+    return Form(name, _tolerant(run, bound(None), finish) if site.residual else run, tensors)
 
 
 def _padded(run: Callable[..., Tensor], layer: Any) -> Callable[..., Tensor]:
@@ -145,9 +149,11 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Ten
     return (weight.double() * columns).to(weight.dtype), shift.to(weight.dtype)
 
 
-def _folded_factors(layer: LowRankModule, norm: Any) -> tuple[Tensor | None, ...]:
+def _folded_factors(layer: LowRankModule, norm: Any, channels_last: bool) -> tuple[Tensor | None, ...]:
     """The op's weights with the BatchNorm in `up` and bias: every head's, exact because gates sum to one."""
     down, up, *gate, bias = (w if w is None else w.detach() for w in layer.weights())
+    if channels_last and down is not None and down.dim() == 4:
+        down = down.contiguous(memory_format=torch.channels_last)
     if norm is None or up is None:
         return (down, up, *gate, bias)
     scale, shift = scale_and_shift(norm)
