@@ -74,9 +74,17 @@ class LowRankModule(nn.Module):
 
     def weights(self) -> tuple[Tensor | None, ...]:
         """The op's weight arguments in the op's order, bias last."""
-        if self.gated:
-            return self.down, self.up, self.gate.weight, self.gate.bias, self.bias
-        return self.down, self.up, self.bias
+        try:
+            # nn.Module.__getattr__ costs 0.7 to 1.4 µs a parameter: half of a small layer's time.
+            own, gate = self._parameters, self._modules.get("gate")
+            if gate is None:
+                return own["down"], own["up"], own["bias"]
+            mixing = gate._parameters
+            return own["down"], own["up"], mixing["weight"], mixing["bias"], own["bias"]
+        except KeyError:  # a parametrization, a replica or a sharder keeps them elsewhere
+            if self.gated:
+                return self.down, self.up, self.gate.weight, self.gate.bias, self.bias
+            return self.down, self.up, self.bias
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random start with the output variance of the dense layer's default init (`Var W = 1/(3K)`).
@@ -192,9 +200,9 @@ class LowRankModule(nn.Module):
         return self._packed is not None
 
     def _operands(self) -> tuple[Any, ...]:
-        if self._packed is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (self._packed,)
-        return self.weights()
+        if self._packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weights()
+        return (self._packed,)
 
     def train(self, mode: bool = True) -> LowRankModule:
         if mode:
