@@ -311,7 +311,7 @@ def test_the_models_of_the_package(build):
     torch.manual_seed(0)
     teacher = getattr(inhernet.models, build)(num_classes=10)
     model = randomised(inhernet.inherit(teacher, inhernet.InheritConfig(budget=inhernet.UniformRatio(0.4))))
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(1, 3, 8, 8)
     fast = optimize(model, x, **QUICK)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3 * float(model(x).abs().max()))
