@@ -165,13 +165,13 @@ def call_packed(spec: OpSpec, x: Tensor, packed: Packed, residual: Tensor | None
     """
     if packed.op != spec.name:
         raise ValueError(f"down: packed for {packed.op}, got by {spec.name}; pack it with pack({spec.name!r}, ...)")
-    tensors = (x, *packed.weights, residual)
     forced = autograd.forced_backend()
-    if not packed.panels or forced not in (None, "native") or not autograd.is_plain_inference(tensors):
-        return autograd.call(spec, (*tensors, *options))
+    # The packed weights are detached, so only x and the residual can ask for a gradient.
+    if not packed.panels or forced not in (None, "native") or not autograd.is_plain_inference((x, residual)):
+        return autograd.call(spec, (x, *packed.weights, residual, *options))
     native: Any = spec.backends["native"]
     try:
         return native.forward_packed(x, packed.panels, packed.weights, residual, *options)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
-        autograd.raise_named(spec, (*tensors, *options))
+        autograd.raise_named(spec, (x, *packed.weights, residual, *options))
         raise

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Te
   b.d_down = need_down ? d_down.data_ptr() : nullptr;
   b.d_up = need_up ? d_up.data_ptr() : nullptr;
   b.d_bias = need_bias ? d_bias.data_ptr() : nullptr;
-  LinearBackwardPass(runtime, b).run();
+  linear_backward(runtime, b);
   return {dx, d_down, d_up, d_bias};
 }
 
