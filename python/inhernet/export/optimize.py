@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from ..console import Steps, progress, say
 from ..decompose.batches import device_of, floating_outputs
@@ -75,8 +76,8 @@ def optimize(
         raise ValueError("model is optimised already; give the model that it was made from")
     saved, forced = _read_choices(choices)
     example = Example(example_inputs)
-    base = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.inference_mode(False), torch.no_grad():
+        base = copy.deepcopy(model).eval().requires_grad_(False)
         if saved is not None:
             fast = apply(base, saved)
         else:
@@ -171,19 +172,28 @@ def _read_choices(choices: Any) -> tuple[Optimization | None, dict[str, str]]:
 
 
 class Example:
-    """Example inputs and how a model is called with them."""
+    """Example inputs and how a model is called with them. Copies are passed: a forward may write into its inputs."""
 
     def __init__(self, inputs: Any) -> None:
         self.args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
         self.kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
 
     def __call__(self, run: Callable[..., Any]) -> Any:
-        return run(*self.args, **self.kwargs)
+        return self.bound(run)()
+
+    def bound(self, run: Callable[..., Any]) -> Callable[[], Any]:
+        """A call to be timed; its calls share one copy of the inputs."""
+        args, kwargs = _copied((self.args, self.kwargs))
+        return partial(run, *args, **kwargs)
 
     def positional(self, graph: fx.Graph) -> list[Any]:
         """The arguments in the order of a graph's placeholders."""
         names = [node.target for node in graph.nodes if node.op == "placeholder"]
-        return [*self.args, *(self.kwargs[str(name)] for name in names[len(self.args) :])]
+        return _copied([*self.args, *(self.kwargs[str(name)] for name in names[len(self.args) :])])
+
+
+def _copied(values: Any) -> Any:
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
 
 
 class _Search:
@@ -215,7 +225,7 @@ class _Search:
             name = "optimised, channels-last" if channels_last else "optimised"
             try:
                 report = self._choose(channels_last)
-                fast = apply(copy.deepcopy(self.base), report)
+                fast = apply(_twin(self.base), report)
                 output = self.example(fast)
             except RuntimeError:
                 if not channels_last or len(self.formats) == 1:
@@ -223,7 +233,7 @@ class _Search:
                 continue  # a forward that calls view() wants contiguous images
             if self._same(output):
                 variants[name] = fast
-        calls = {name: partial(self.example, run) for name, run in {"given": given, **variants}.items()}
+        calls = {name: self.example.bound(run) for name, run in {"given": given, **variants}.items()}
         found = self._medians(calls, max(self.seconds * 5, 0.05))
         fastest = min(variants, key=found.__getitem__, default=None)
         if fastest is None or (not self.forced and found[fastest] > found["given"] * (1 - NOISE)):
@@ -323,6 +333,11 @@ class _Search:
         """Milliseconds; of CPU time on one thread, so that other processes do not count."""
         alone = torch.get_num_threads() == 1 and device_of(self.base).type == "cpu"
         return {name: value.p50 for name, value in interleaved(calls, seconds, cpu_time=alone).items()}
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares parameters and buffers, which nobody writes."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _as_given(site: Site, model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
