@@ -32,10 +32,35 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " bool need_gate_bias, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight,"
       " Tensor d_gate_bias, Tensor d_bias)");
 
-  // t [B, R, Ho, Wo], residual and y [B, N, Ho, Wo]; y and dt in the stated (t's) memory format
+  // x [B, C, Hi, Wi], down [R, C, kh, kw], up [N, R], bias [N], residual and y [B, N, Ho, Wo], t [B, R, Ho, Wo]; y and t
+  // in the memory format that the strides of x prefer
   m.def(
-      "gated_lowrank_conv2d_mix(Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
-      " Tensor? residual, int activation, bool channels_last) -> Tensor");
+      "lowrank_conv2d(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> Tensor");
+  m.def(
+      "lowrank_conv2d_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> (Tensor y, Tensor t)");
+  m.def(
+      "lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_channels, int kernel_h,"
+      " int kernel_w, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> Tensor");
+  // up [H, N, R], gate_weight [H, R], gate_bias [H], bias [H, N]
+  m.def(
+      "gated_lowrank_conv2d(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias, Tensor? bias,"
+      " Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> Tensor");
+  m.def(
+      "gated_lowrank_conv2d_saving(Tensor x, Tensor down, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
+      " Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> (Tensor y, Tensor t)");
+  m.def(
+      "gated_lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_channels,"
+      " int kernel_h, int kernel_w, Tensor gate_weight, Tensor? gate_bias, Tensor? bias, Tensor? residual,"
+      " int stride_h, int stride_w, int padding_h, int padding_w,"
+      " int dilation_h, int dilation_w, int activation) -> Tensor");
+  // The panels of down, tap by tap, and of every head of up, in float32.
+  m.def("pack_conv2d(Tensor down, Tensor up) -> (Tensor panels_down, Tensor panels_up)");
+  // dz [B, N, Ho, Wo]; dt in the memory format of t
   m.def(
       "gated_lowrank_conv2d_mix_backward(Tensor dz, Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
       " Tensor? bias, bool need_up, bool need_gate_weight, bool need_gate_bias, bool need_bias) -> (Tensor dt,"

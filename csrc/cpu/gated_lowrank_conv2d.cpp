@@ -1,29 +1,37 @@
-// The mixing of gated_lowrank_conv2d; its first half is an ordinary convolution, which torch does well.
+#include "conv_tensors.h"
 #include "inherit_kernels/conv_mix_backward.h"
-#include "tensors.h"
 
 namespace inherit_kernels {
 namespace {
 
-// [B, C, H, W] as images; `tensor` is replaced by a contiguous copy where (H, W) is not one run of a single stride.
-ImagesView images_view(Tensor& tensor, Dtype dtype) {
-  std::optional<int64_t> position = merged_stride(tensor, 2, 4);
-  if (!position) {
-    tensor = torch::stable::contiguous(tensor);
-    position = 1;
-  }
-  return {{tensor.data_ptr(), dtype, *position, tensor.stride(1)}, tensor.stride(0)};
+Tensor gated_lowrank_conv2d(Tensor x, Tensor down, Tensor up, Tensor gate_weight, OptionalTensor gate_bias,
+                            OptionalTensor bias, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
+                            int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+                            int64_t activation) {
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+  GateTensors gate{gate_weight, gate_bias};
+  return conv_call(x, plain_weights(down, up, 3), gate, bias, residual, geometry, activation, false).y;
 }
 
-ImagesView images_view(OptionalTensor& tensor, Dtype dtype) {
-  return tensor ? images_view(*tensor, dtype) : ImagesView{{nullptr, dtype, 0, 0}, 0};
+std::tuple<Tensor, Tensor> gated_lowrank_conv2d_saving(Tensor x, Tensor down, Tensor up, Tensor gate_weight,
+                                                       OptionalTensor gate_bias, OptionalTensor bias,
+                                                       OptionalTensor residual, int64_t stride_h, int64_t stride_w,
+                                                       int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+                                                       int64_t dilation_w, int64_t activation) {
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+  GateTensors gate{gate_weight, gate_bias};
+  ConvResult r = conv_call(x, plain_weights(down, up, 3), gate, bias, residual, geometry, activation, true);
+  return {r.y, *r.t};
 }
 
-Tensor empty_images(const Sizes& sizes, Dtype dtype, bool channels_last) {
-  if (!channels_last) return empty_cpu(sizes, dtype);
-  auto extent = [&](int k) { return std::max<int64_t>(sizes[k], 1); };
-  int64_t c = extent(1), h = extent(2), w = extent(3);
-  return empty_cpu(sizes, dtype, {h * w * c, 1, w * c, c});
+Tensor gated_lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int64_t rank, int64_t out_channels,
+                                   int64_t kernel_h, int64_t kernel_w, Tensor gate_weight, OptionalTensor gate_bias,
+                                   OptionalTensor bias, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
+                                   int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+                                   int64_t activation) {
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+  ConvWeights weights{panels_down, panels_up, true, rank, out_channels, {kernel_h, kernel_w}};
+  return conv_call(x, weights, GateTensors{gate_weight, gate_bias}, bias, residual, geometry, activation, false).y;
 }
 
 struct Mix {
@@ -47,28 +55,6 @@ struct Mix {
   Sizes y_sizes;
   MixShape shape;
 };
-
-Tensor gated_lowrank_conv2d_mix(Tensor t, Tensor up, Tensor gate_weight, OptionalTensor gate_bias, OptionalTensor bias,
-                                OptionalTensor residual, int64_t activation, bool channels_last) {
-  Runtime runtime = cpu_runtime();
-  Mix mix(t, up, gate_weight, gate_bias, bias);
-  check(residual, "residual", mix.y_sizes, mix.dtype);
-  Tensor y = empty_images(mix.y_sizes, mix.dtype, channels_last);
-  MixForward f{};
-  f.shape = mix.shape;
-  f.t = images_view(t, mix.dtype);
-  f.up = heads_view(up, mix.dtype);
-  f.gate_weight = matrix_view(gate_weight, mix.dtype);
-  f.gate_bias = vector_view(gate_bias, mix.dtype);
-  f.bias = matrix_view(bias, mix.dtype);
-  f.residual = images_view(residual, mix.dtype);
-  f.activation = activation_of(activation);
-  f.dtype = mix.dtype;
-  f.y = y.data_ptr();
-  f.channels_last = channels_last;
-  mix_forward(runtime, f);
-  return y;
-}
 
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -108,6 +94,8 @@ FiveTensors gated_lowrank_conv2d_mix_backward(Tensor dz, Tensor t, Tensor up, Te
 }  // namespace inherit_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(inherit_kernels_C, CPU, m) {
-  m.impl("gated_lowrank_conv2d_mix", TORCH_BOX(&inherit_kernels::gated_lowrank_conv2d_mix));
+  m.impl("gated_lowrank_conv2d", TORCH_BOX(&inherit_kernels::gated_lowrank_conv2d));
+  m.impl("gated_lowrank_conv2d_saving", TORCH_BOX(&inherit_kernels::gated_lowrank_conv2d_saving));
+  m.impl("gated_lowrank_conv2d_packed", TORCH_BOX(&inherit_kernels::gated_lowrank_conv2d_packed));
   m.impl("gated_lowrank_conv2d_mix_backward", TORCH_BOX(&inherit_kernels::gated_lowrank_conv2d_mix_backward));
 }

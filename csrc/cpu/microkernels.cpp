@@ -242,7 +242,17 @@ void pack_pairs(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t dep
 
 template <class T>
 void load_typed(const T* x, int64_t row, int64_t col, int64_t rows, int64_t depth, float* dst, int64_t ld) {
-  for (int64_t i = 0; i < rows; ++i) {
+  int64_t i = 0;
+  for (; row == 1 && col != 1 && i + kLanes <= rows; i += kLanes) {
+    int64_t d = 0;
+    for (; d + kLanes <= depth; d += kLanes) {
+      transpose_square([&](int64_t j) { return load_vec(x + i + (d + j) * col); }, dst + i * ld + d, ld);
+    }
+    for (; d < depth; ++d) {
+      for (int64_t m = i; m < i + kLanes; ++m) dst[m * ld + d] = to_float(x[m + d * col]);
+    }
+  }
+  for (; i < rows; ++i) {
     if (col == 1) {
       copy_run(x + i * row, depth, dst + i * ld);
     } else {
@@ -423,6 +433,11 @@ void column_sums(MatrixView x, int64_t rows, int64_t cols, double* sums) {
 }
 
 }  // namespace
+}  // namespace inherit_kernels
+
+#include "inherit_kernels/conv_kernels.h"
+
+namespace inherit_kernels {
 
 const Kernels INHERIT_KERNELS_TABLE(INHERIT_KERNELS_ISA) = {
     INHERIT_KERNELS_NAME(INHERIT_KERNELS_ISA),
@@ -444,6 +459,9 @@ const Kernels INHERIT_KERNELS_TABLE(INHERIT_KERNELS_ISA) = {
     axpy,
     inner,
     column_sums,
+    gather,
+    columns,
+    pack_taps,
 };
 
 }  // namespace inherit_kernels

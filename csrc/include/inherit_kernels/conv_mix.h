@@ -1,58 +1,11 @@
-// The second half of gated_lowrank_conv2d: per image, s = mean of t over its positions, g = softmax(s gate^T +
-// gate_bias), y = act(up_eff t + bias_eff + residual) with up_eff = sum_h g_h up_h, bias_eff = sum_h g_h bias_h. The
-// heads are mixed in the weights, so that an image costs one product whatever their number.
+// Products with heads mixed per image, for the backward pass: conv_mix_backward.h.
 #pragma once
 
-#include <vector>
-
-#include "inherit_kernels/linear.h"
+#include "inherit_kernels/conv_images.h"
 
 namespace inherit_kernels {
 
-// [batch, channels, positions]; `matrix` is image 0 as [positions, channels].
-struct ImagesView {
-  MatrixView matrix;
-  int64_t image_stride;
-};
-
-inline MatrixView image(const ImagesView& images, int64_t b) {
-  MatrixView view = images.matrix;
-  if (view.data) view.data = element(view.data, view.dtype, b * images.image_stride);
-  return view;
-}
-
-struct MixShape {
-  int64_t batch, rank, out, positions, heads;
-};
-
-struct MixForward {
-  MixShape shape;
-  ImagesView t;
-  HeadsView up;
-  MatrixView gate_weight, gate_bias, bias;  // as in LinearForward
-  ImagesView residual;                      // may be absent
-  Activation activation;
-  Dtype dtype;
-  void* y;  // dense, [batch, out, positions] or, channels last, [batch, positions, out]
-  bool channels_last;
-};
-
 constexpr int64_t kImageRows = 48;
-
-// Gates of every image: means [batch, rank], g [batch, panels * nr].
-inline void image_gates(const Runtime& runtime, const MixShape& s, const ImagesView& t, const GateOperands& gate,
-                        float* means, float* g) {
-  const Kernels& k = *runtime.kernels;
-  parallel(runtime, s.batch, 4.0 * s.batch * s.rank * s.positions, [&](int64_t begin, int64_t end) {
-    std::vector<double> sums(s.rank);
-    for (int64_t b = begin; b < end; ++b) {
-      std::fill(sums.begin(), sums.end(), 0.0);
-      k.column_sums(image(t, b), s.positions, s.rank, sums.data());
-      for (int64_t r = 0; r < s.rank; ++r) means[b * s.rank + r] = static_cast<float>(sums[r] / s.positions);
-    }
-  });
-  compute_gates(k, {s.batch, 0, s.rank, s.out, s.heads}, gate, means, s.rank, s.batch, g);
-}
 
 // One image's mixed weights; kept while a thread stays with the image.
 class MixedWeights {
@@ -164,38 +117,6 @@ inline void load_heads(const Kernels& k, const HeadsView& up, int64_t heads, int
     MatrixView view = transpose ? transposed(head(up, h)) : head(up, h);
     k.load(view, 0, outputs, 0, depth, out + h * outputs * depth, depth);
   }
-}
-
-inline void mix_forward(const Runtime& runtime, const MixForward& f) {
-  const Kernels& k = *runtime.kernels;
-  const MixShape& s = f.shape;
-  if (s.batch * s.positions * s.out == 0) return;
-  GateOperands gate(k, {s.batch, 0, s.rank, s.out, s.heads}, f.gate_weight, f.gate_bias, f.bias);
-  int64_t ldg = gate.panels * k.nr;
-  Scratch means(s.batch * s.rank), g(s.batch * ldg), weights(s.heads * s.out * s.rank);
-  image_gates(runtime, s, f.t, gate, means.get(), g.get());
-  load_heads(k, f.up, s.heads, s.out, s.rank, false, weights.get());
-
-  const float* bias = gate.has_bias ? gate.bias_rows.get() : nullptr;
-  auto make_state = [&] {
-    return MixState(k, weights.get(), bias, gate.out_width, s.heads, s.out, s.rank, f.channels_last);
-  };
-  double work = 2.0 * s.batch * s.positions * s.out * s.rank;
-  int64_t block = f.channels_last ? kImageRows : position_block(k, s.out);
-  over_positions(runtime, s, block, work, make_state, [&](MixState& state, int64_t b, int64_t p0, int64_t count) {
-    state.weights.select(b, g.get() + b * ldg);
-    MatrixView t = image(f.t, b), residual = shifted(image(f.residual, b), p0, 0);
-    if (f.channels_last) {
-      multiply_channels(k, state, s.out, s.rank, t, p0, count, state.weights.bias());
-      k.finish(state.c.get(), gate.out_width, count, s.out, residual, f.activation,
-               element(f.y, f.dtype, (b * s.positions + p0) * s.out), f.dtype, s.out);
-    } else {
-      multiply_positions(k, state.weights.rows(), s.out, s.rank, t, p0, count, state.weights.bias(),
-                         state.scratch.get(), state.c.get());
-      k.finish(state.c.get(), round_up(count, k.nr), s.out, count, transposed(residual), f.activation,
-               element(f.y, f.dtype, b * s.out * s.positions + p0), f.dtype, s.positions);
-    }
-  });
 }
 
 }  // namespace inherit_kernels

@@ -61,6 +61,25 @@ struct Epilogue {
   int64_t ld_out, cols;
 };
 
+// c[i, j] (+)= sum over taps k and depths d of rows[k * ld + i][first + d] b[k, d, j]: rows that lie anywhere, such as
+// the pixels under a convolution's window. b[k, d, p * nr + j] is b[p * b_panel + k * b_tap + d * nr + j].
+struct GatherProduct {
+  const float* const* rows;
+  int64_t ld, first, count, taps, depth;
+  const float* b;
+  int64_t b_tap, b_panel, panels;
+  bool accumulate;
+};
+
+// out[n, j] = activation(bias[n] + sum_d w[n, d] t[j, d] + residual[n, j]), w and t both in panels of `depth`; bias may
+// be absent. `cols` of the epilogue counts positions j.
+struct ColumnsProduct {
+  const float* w;
+  int64_t outputs, depth;
+  const float* t;
+  const float* bias;
+};
+
 // Panels: a weight [J, D] is cut into ceil(J / nr) panels [D, nr], padded with zeros, so that a product reads `nr`
 // neighbouring outputs of one depth index as one run. bfloat16 panels hold the depths in pairs, [ceil(D / 2), nr, 2]:
 // the 32-bit lanes that AVX512-BF16 multiplies, and of which a shift and a mask make two float vectors elsewhere.
@@ -106,6 +125,14 @@ struct Kernels {
   double (*inner)(const float* x, const float* y, int64_t count);
   // sums[j] += sum_i x[i0 + i, j] for j < cols, in blocks of float32 added up in double.
   void (*column_sums)(MatrixView x, int64_t rows, int64_t cols, double* sums);
+
+  // Convolutions (conv_kernels.h).
+  void (*gather)(const GatherProduct& product, float* c, int64_t ldc);
+  void (*columns)(const ColumnsProduct& product, const Epilogue& epilogue);
+  // One panel of a convolution's weight: dst[(k * channels + c) * nr + j] = w[j, c, k] for j < count, zero for the rest.
+  // w[j] begins at j * row and is [channels, taps] if taps_inner, else [taps, channels].
+  void (*pack_taps)(const void* w, Dtype dtype, int64_t row, int64_t count, int64_t channels, int64_t taps,
+                    bool taps_inner, float* dst);
 };
 
 constexpr int64_t kDotRows = 8;

@@ -91,15 +91,16 @@ void multiply_panels(const Kernels& k, const RowsAt& rows_at, int64_t rows, Pane
   } while (d0 < w.depth);
 }
 
-// out = act(a w^T + residual) for `panels` panels; `c` is [rows, kFinishGroup * nr] scratch.
+// out = act(a w^T + bias + residual) for `panels` panels; `c` is [rows, kFinishGroup * nr] scratch. bias [panels * nr]
+// may be null.
 constexpr int64_t kFinishGroup = 4;
 
 inline void multiply_finish_panels(const Kernels& k, Rows a, int64_t rows, Panels w, int64_t panels, Epilogue e,
-                                   float* c) {
+                                   float* c, const float* bias = nullptr) {
   int64_t block = depth_block(w.depth), b_panel = panel_elements(k, w.dtype, w.depth), ldc = kFinishGroup * k.nr;
-  const float* start = nullptr;  // the residual begins the sum where it can
-  int64_t ld_start = e.residual.row_stride;
-  if (e.residual.data && e.residual.dtype == Dtype::kFloat32 && e.residual.col_stride == 1 && e.cols % k.nr == 0) {
+  const float* start = bias;  // or the residual begins the sum where it can
+  int64_t ld_start = bias ? 0 : e.residual.row_stride;
+  if (!bias && e.residual.data && e.residual.dtype == Dtype::kFloat32 && e.residual.col_stride == 1 && e.cols % k.nr == 0) {
     start = static_cast<const float*>(e.residual.data);
     e.residual.data = nullptr;
   }

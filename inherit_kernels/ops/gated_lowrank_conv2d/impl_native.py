@@ -1,27 +1,40 @@
-"""torch's convolution, then the C++ mixing of `csrc/cpu/gated_lowrank_conv2d.cpp`: gate, merge, product, epilogue."""
+"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_conv2d.cpp`; the backward of its first stage is torch's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.conv import Pair, first_stage, first_stage_backward, memory_format_of
+from inherit_kernels.common.conv import Pair, first_stage_backward
 from inherit_kernels.common.native import declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
-checks_arguments = False
+checks_arguments = True
 
 
 def supports(problem: Problem) -> str | None:
     return declines(problem)
 
 
-def forward(*args: Any) -> Tensor:
-    return forward_saving(*args)[0]
+def forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> Tensor:
+    code = ACTIVATION_CODES[activation]
+    return kernels.gated_lowrank_conv2d(
+        x, down, up, gate_weight, gate_bias, bias, residual, *stride, *padding, *dilation, code
+    )
 
 
 def forward_saving(
@@ -37,11 +50,10 @@ def forward_saving(
     dilation: Pair,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    t = first_stage(x, down, stride, padding, dilation)
-    channels_last = memory_format_of(x) == torch.channels_last
     code = ACTIVATION_CODES[activation]
-    y = kernels.gated_lowrank_conv2d_mix(t, up, gate_weight, gate_bias, bias, residual, code, channels_last)
-    return y, t
+    return kernels.gated_lowrank_conv2d_saving(
+        x, down, up, gate_weight, gate_bias, bias, residual, *stride, *padding, *dilation, code
+    )
 
 
 def backward(
@@ -63,3 +75,40 @@ def backward(
     dt, *gradients = kernels.gated_lowrank_conv2d_mix_backward(dz, t, up, gate_weight, gate_bias, bias, *needs)
     dx, d_down = first_stage_backward(dt, x, down, (stride, padding, dilation), need_x, need_down)
     return dx, d_down, *only_needed(gradients, needs)
+
+
+def pack(
+    down: Tensor, up: Tensor, gate_weight: Tensor, gate_bias: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The panels of `down`, tap by tap, and of `up`, head by head, in float32."""
+    return kernels.pack_conv2d(down, up)
+
+
+def forward_packed(
+    x: Tensor,
+    panels: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> Tensor:
+    down, up, gate_weight, gate_bias, bias = weights
+    rank, _, *kernel = down.shape
+    code = ACTIVATION_CODES[activation]
+    return kernels.gated_lowrank_conv2d_packed(
+        x,
+        *panels,
+        rank,
+        up.shape[-2],
+        *kernel,
+        gate_weight,
+        gate_bias,
+        bias,
+        residual,
+        *stride,
+        *padding,
+        *dilation,
+        code,
+    )

@@ -155,8 +155,8 @@ SPEC = register_op(
         sizes=sizes,
         flops=flops,
         backends={
-            "unfused": impl_unfused,
             "native": impl_native,
+            "unfused": impl_unfused,
             "reference": ReferenceBackend("reference", gated_lowrank_conv2d_reference, fake),
         },
         default_options=((1, 1), (0, 0), (1, 1), None),

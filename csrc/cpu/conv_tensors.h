@@ -1,0 +1,162 @@
+// What the adapters of the two convolution ops share.
+#pragma once
+
+#include "inherit_kernels/conv.h"
+#include "tensors.h"
+
+namespace inherit_kernels {
+
+// [B, C, H, W] as images; `tensor` is replaced by a contiguous copy where (H, W) is not one run of a single stride.
+inline ImagesView images_view(Tensor& tensor, Dtype dtype) {
+  std::optional<int64_t> position = merged_stride(tensor, 2, 4);
+  if (!position) {
+    tensor = torch::stable::contiguous(tensor);
+    position = 1;
+  }
+  return {{tensor.data_ptr(), dtype, *position, tensor.size(1) == 1 ? 1 : tensor.stride(1)}, tensor.stride(0)};
+}
+
+inline ImagesView images_view(OptionalTensor& tensor, Dtype dtype) {
+  return tensor ? images_view(*tensor, dtype) : ImagesView{{nullptr, dtype, 0, 0}, 0};
+}
+
+inline Tensor empty_images(const Sizes& sizes, Dtype dtype, bool channels_last) {
+  if (!channels_last) return empty_cpu(sizes, dtype);
+  auto extent = [&](int k) { return std::max<int64_t>(sizes[k], 1); };
+  int64_t c = extent(1), h = extent(2), w = extent(3);
+  return empty_cpu(sizes, dtype, {h * w * c, 1, w * c, c});
+}
+
+// torch's rule for the memory format that strides prefer.
+inline bool prefers_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    if (x.size(d) == 0 || x.stride(d) < least || (d == 0 && least == x.stride(1))) return false;
+    least = x.stride(d) * x.size(d);
+  }
+  return true;
+}
+
+// Whether the dimensions `order`, innermost first, lie densely.
+inline bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
+  int64_t expected = 1;
+  for (int d : order) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+// down [R, C, kh, kw]; replaced by a contiguous copy where a row is dense in neither order.
+inline DownView down_view(Tensor& down, Dtype dtype) {
+  bool taps_inner = is_dense(down, {3, 2, 1});
+  if (!taps_inner && !is_dense(down, {1, 3, 2})) {
+    down = torch::stable::contiguous(down);
+    taps_inner = true;
+  }
+  return {down.data_ptr(), dtype, down.stride(0), taps_inner};
+}
+
+struct Geometry {
+  int64_t stride[2], padding[2], dilation[2];
+};
+
+struct GateTensors {
+  Tensor weight;  // [H, R]
+  OptionalTensor bias;
+};
+
+// The weights of a call: down [R, C, kh, kw] and up [N, R] or [H, N, R], or what `pack_conv2d` made of them.
+struct ConvWeights {
+  Tensor down, up;
+  bool packed;
+  int64_t rank, out, kernel[2];
+};
+
+inline ConvWeights plain_weights(const Tensor& down, const Tensor& up, int64_t up_dims) {
+  check_dims(down, "down", 4);
+  check_dims(up, "up", up_dims);
+  return {down, up, false, down.size(0), up.size(up_dims - 2), {down.size(2), down.size(3)}};
+}
+
+inline ConvShape conv_shape(const Tensor& x, const ConvWeights& w, int64_t heads, const Geometry& g) {
+  check_dims(x, "x", 4);
+  STD_TORCH_CHECK(x.is_cpu(), "x: device must be cpu");
+  ConvShape s{};
+  s.batch = x.size(0);
+  s.channels = x.size(1);
+  s.rank = w.rank;
+  s.out = w.out;
+  s.heads = heads;
+  int64_t sizes[2] = {s.height = x.size(2), s.width = x.size(3)}, outputs[2];
+  STD_TORCH_CHECK(s.channels >= 1 && s.rank >= 1 && s.heads >= 1 && w.kernel[0] >= 1 && w.kernel[1] >= 1,
+                  "down: needs at least one channel, one rank, one head and one tap");
+  for (int d = 0; d < 2; ++d) {
+    s.kernel[d] = w.kernel[d];
+    s.stride[d] = g.stride[d];
+    s.padding[d] = g.padding[d];
+    s.dilation[d] = g.dilation[d];
+    STD_TORCH_CHECK(g.stride[d] >= 1 && g.padding[d] >= 0 && g.dilation[d] >= 1, "stride, padding, dilation: too small");
+    int64_t room = sizes[d] + 2 * g.padding[d] - g.dilation[d] * (w.kernel[d] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "x: smaller than the kernel");
+    outputs[d] = room / g.stride[d] + 1;
+  }
+  s.out_height = outputs[0];
+  s.out_width = outputs[1];
+  return s;
+}
+
+struct ConvResult {
+  Tensor y;
+  OptionalTensor t;
+};
+
+// Both ops: no gate is the plain one, whose up is [N, R] and bias [N].
+inline ConvResult conv_call(Tensor x, ConvWeights w, const std::optional<GateTensors>& gate, const OptionalTensor& bias,
+                            OptionalTensor residual, const Geometry& geometry, int64_t activation, bool keep_t) {
+  Runtime runtime = cpu_runtime();
+  Dtype dtype = dtype_of(x, "x");
+  if (gate) check_dims(gate->weight, "gate_weight", 2);
+  int64_t heads = gate ? gate->weight.size(0) : 1;
+  ConvForward f{};
+  ConvShape& s = f.shape = conv_shape(x, w, heads, geometry);
+  const Kernels& k = *runtime.kernels;
+  if (w.packed) {
+    check(w.down, "panels_down", {down_panels_size(k, s.rank, s.channels, s.taps())}, Dtype::kFloat32);
+    check(w.up, "panels_up", {up_panels_size(k, heads, s.out, s.rank)}, Dtype::kFloat32);
+    f.down_panels = static_cast<const float*>(w.down.data_ptr());
+    f.up_panels = static_cast<const float*>(w.up.data_ptr());
+  } else {
+    check(w.down, "down", {s.rank, s.channels, s.kernel[0], s.kernel[1]}, dtype);
+    check(w.up, "up", gate ? Sizes{heads, s.out, s.rank} : Sizes{s.out, s.rank}, dtype);
+    f.down = down_view(w.down, dtype);
+    f.up = gate ? heads_view(w.up, dtype) : HeadsView{matrix_view(w.up, dtype), 0};
+  }
+  if (gate) {
+    check(gate->weight, "gate_weight", {heads, s.rank}, dtype);
+    check(gate->bias, "gate_bias", {heads}, dtype);
+    f.gate_weight = matrix_view(gate->weight, dtype);
+    f.gate_bias = vector_view(gate->bias, dtype);
+  }
+  check(bias, "bias", gate ? Sizes{heads, s.out} : Sizes{s.out}, dtype);
+  f.bias = gate ? matrix_view(bias, dtype) : vector_view(bias, dtype);
+  Sizes sizes = {s.batch, s.out, s.out_height, s.out_width};
+  check(residual, "residual", sizes, dtype);
+
+  f.channels_last = prefers_channels_last(x);
+  f.x = images_view(x, dtype);
+  f.residual = images_view(residual, dtype);
+  f.activation = activation_of(activation);
+  f.dtype = dtype;
+  ConvResult result{empty_images(sizes, dtype, f.channels_last), std::nullopt};
+  f.y = result.y.data_ptr();
+  if (keep_t) {
+    result.t = empty_images({s.batch, s.rank, s.out_height, s.out_width}, dtype, f.channels_last);
+    f.t = result.t->data_ptr();
+  }
+  conv_forward(runtime, f);
+  return result;
+}
+
+}  // namespace inherit_kernels

@@ -1,0 +1,70 @@
+"""The C++ kernel for CPUs: `csrc/cpu/lowrank_conv2d.cpp`; the backward is that of the unfused form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common.conv import Pair
+from inherit_kernels.common.native import declines, kernels
+from inherit_kernels.ops.lowrank_conv2d.impl_unfused import backward as backward
+from inherit_kernels.registry import Problem
+
+checks_arguments = True
+
+
+def supports(problem: Problem) -> str | None:
+    return declines(problem)
+
+
+def forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> Tensor:
+    code = ACTIVATION_CODES[activation]
+    return kernels.lowrank_conv2d(x, down, up, bias, residual, *stride, *padding, *dilation, code)
+
+
+def forward_saving(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    code = ACTIVATION_CODES[activation]
+    return kernels.lowrank_conv2d_saving(x, down, up, bias, residual, *stride, *padding, *dilation, code)
+
+
+def pack(down: Tensor, up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The panels of `down`, tap by tap, and of `up`, in float32."""
+    return kernels.pack_conv2d(down, up)
+
+
+def forward_packed(
+    x: Tensor,
+    panels: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> Tensor:
+    down, up, bias = weights
+    rank, _, *kernel = down.shape
+    code = ACTIVATION_CODES[activation]
+    return kernels.lowrank_conv2d_packed(
+        x, *panels, rank, up.shape[-2], *kernel, bias, residual, *stride, *padding, *dilation, code
+    )
