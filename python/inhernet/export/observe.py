@@ -86,10 +86,10 @@ def observe(model: nn.Module, call: Callable[[], Any]) -> tuple[list[Site], dict
 
     def kept(layer: str, norm: str) -> bool:
         modules = model.get_submodule(layer), model.get_submodule(norm)
-        alone = all(calls[module] == 1 and module not in hooked for module in modules)
+        once = all(calls[module] == 1 for module in modules)
         unseen = not consumers.foreign[layer] and outputs[layer].untyped_storage()._cdata not in returned
         flat = not is_linear(modules[0]) or outputs[layer].dim() == 2
-        return alone and unseen and flat and foldable(*modules)
+        return once and unseen and flat and foldable(*modules)
 
     norms = {layer: norm for layer, norm in pairs.items() if kept(layer, norm)}
     layers = [name for name in inputs if model.get_submodule(name) not in hooked]

@@ -401,6 +401,25 @@ def test_a_whole_that_is_not_faster_is_kept_as_given(monkeypatch):
         assert torch.equal(fast(x), model(x))
     with pytest.raises(RuntimeError, match="inference only"):
         fast.train()
+    told = optimize(model, x, choices={"fc": "unfused"}, **QUICK)
+    assert told.optimization.kept == "optimised"  # who names forms gets them
+
+
+def test_an_optional_argument_is_not_decided_once_for_all_calls():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = LowRankLinear(6, 6, 3)
+
+        def forward(self, x, mask=None):
+            y = self.layer(x)
+            return y if mask is None else y * mask
+
+    model, x, mask = Masked().eval(), torch.randn(3, 6), torch.randn(3, 6)
+    fast = optimize(model, {"x": x, "mask": mask}, choices={"layer": "unfused"}, **QUICK)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+        torch.testing.assert_close(fast(x, mask), model(x, mask))
 
 
 def module_of(function):
