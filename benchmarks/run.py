@@ -1,124 +1,208 @@
-"""Time the backends of an op against what a user would run instead: `python -m benchmarks.run gated_lowrank_linear`.
+"""Time our ops, networks and memory against what a user would run instead.
 
-Correctness first; then all candidates interleaved in one run (A B C A B C …), medians with the 20th and 80th percentile.
-Every figure becomes one row of `benchmarks/results/<device>/<op>.csv`, stamped with commit, torch and threads.
+    python -m benchmarks.run all                         every op's small suite, the networks, the memory of training
+    python -m benchmarks.run gated_lowrank_linear --suite full --dtype bfloat16
+    python -m benchmarks.run lowrank_linear --training --peers "eager pair" "compiled pair"
+
+Correctness first; then all candidates of a case interleaved in one run (A B C A B C …), medians with the 20th and 80th
+percentile, beside the roofline measured in the same run. Every case is appended to `benchmarks/results/<device>/<op>.csv` as
+soon as it is done: an interrupted run goes on with `--resume`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import subprocess
-from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib import import_module
-from pathlib import Path
+import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-import inherit_kernels
-from benchmarks.baselines import baselines
-from inherit_kernels.dispatch import device_slug
+from benchmarks import roofline, store, summary
+from benchmarks.baselines import PEERS
+from benchmarks.candidates import Candidate, prepare
+from benchmarks.roofline import Roofline, limit
+from benchmarks.suites import Point, suite, work_of
 from inherit_kernels.registry import OPS
-from inherit_kernels.testing import Case, check_accuracy, make_inputs
-from inherit_kernels.testing.timing import Timing, time_interleaved
+from inherit_kernels.testing.timing import CLOCKS, Timing, time_interleaved
+from inhernet.console import progress, say
 
-RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUNDS = 31
+PROBE_AGAIN = 0.03  # seconds a probe beside every case: a shared machine was seen 20 % slower at the start of a run
+RESUME_KEYS = ("op", "case", "dtype", "mode")
 
 
-def candidates(op: str, case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """The baselines, then every backend but the reference, then the automatic choice."""
-    inputs = make_inputs(op, case, torch.float32)
-    function = getattr(inherit_kernels, op)
-    found = baselines(op, case, inputs, compiled)
-    if "published" in found:
-        torch.testing.assert_close(
-            found["published"](), function(*inputs.values(), **case.options), rtol=1e-3, atol=1e-3
-        )
-    for backend in [name for name in OPS[op].backends if name != "reference"]:
+def run_op(op: str, arguments: argparse.Namespace, machine: Roofline | None) -> None:
+    """Measure an op's suite case by case, appending the rows of each."""
+    mode = "training" if arguments.training else "forward"
+    for dtype in arguments.dtype:
+        stamped = store.stamp(arguments.clock, roofline.cpu_name())
+        path = store.path_of(op)
+        done = store.finished(path, stamped, RESUME_KEYS) if arguments.resume else set()
+        points = [p for p in suite(op, arguments.suite) if (op, str(p), dtype, mode) not in done]
+        if len(points) < len(suite(op, arguments.suite)):
+            say(f"{op} {dtype} {mode}: {len(points)} of {len(suite(op, arguments.suite))} cases are left")
+        rows: list[dict[str, Any]] = []
         try:
-            check_accuracy(op, case, backend, torch.float32, gradients=False)
-        except ValueError as declined:
-            print(f"{case}: {declined}")
-            continue
-
-        def forced(backend: str = backend) -> Any:
-            with inherit_kernels.use_backend(backend):
-                return function(*inputs.values(), **case.options)
-
-        found[backend] = forced
-    found["automatic"] = lambda: function(*inputs.values(), **case.options)
-    return found
-
-
-def stamp() -> dict[str, Any]:
-    """Where and by what a figure was made."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": device_slug(torch.device("cpu")),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+            with progress(f"{op} {dtype} {mode}", len(points)) as steps:
+                for point in points:
+                    if machine is not None:
+                        machine = machine.best(roofline.measure(arguments.clock, seconds=PROBE_AGAIN))
+                    found = measure_case(point, dtype, arguments, machine, store.stamp(arguments.clock, stamped["cpu"]))
+                    store.append(path, found)
+                    rows += found
+                    steps.line(_headline(point, found))
+                    steps.advance()
+        finally:  # an interrupted run shows what it has
+            if rows:
+                summary.show(rows)
+                say(f"rows appended to {path}")
 
 
-def append(op: str, rows: list[dict[str, Any]]) -> Path:
-    """Add rows to the op's results on this device."""
-    path = RESULTS / rows[0]["device"] / f"{op}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def run(op: str, seconds: float, compiled: bool) -> None:
-    """Measure, print one table, append the rows."""
-    cases = import_module(f"benchmarks.ops.bench_{op}").CASES
-    rows, table = [], None
-    for case in cases:
-        with torch.no_grad():
-            calls = candidates(op, case, compiled)
-            found = time_interleaved(calls, seconds=seconds, rounds=31)
-        if table is None:
-            table = Table("µs, median", *found, title=f"{op}, float32, forward", title_justify="left")
-        table.add_row(str(case), *(f"{timing.median:,.0f}" for timing in found.values()))
-        rows += [row(op, case, name, timing) for name, timing in found.items()]
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
-    print(f"rows appended to {append(op, rows)}")
-
-
-def row(op: str, case: Case, candidate: str, timing: Timing) -> dict[str, Any]:
-    """One line of the CSV."""
-    figures = {"us_p20": timing.low, "us_p50": timing.median, "us_p80": timing.high}
-    return (
-        stamp()
-        | {"op": op, "case": str(case), "dtype": "float32", "candidate": candidate}
-        | {name: round(value, 2) for name, value in figures.items()}
+def measure_case(
+    point: Point, dtype: str, arguments: argparse.Namespace, machine: Roofline | None, stamped: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One case: check, time, describe; a row for every candidate, those that could not run included."""
+    torch._dynamo.reset()
+    gc.collect()
+    found = prepare(
+        point, DTYPES[dtype], arguments.training, arguments.backends, arguments.peers, arguments.forms or _BOTH_FORMS
     )
+    calls = {c.name: c.runner.run for c in found if c.runner is not None}
+    with torch.set_grad_enabled(arguments.training):
+        timings = time_interleaved(calls, seconds=arguments.seconds, rounds=ROUNDS, clock=arguments.clock)
+    common = stamped | {
+        "op": point.op,
+        "case": str(point),
+        "dtype": dtype,
+        "mode": "training" if arguments.training else "forward",
+    }
+    return [common | describe(point, c, timings.get(c.name), dtype, arguments.training, machine) for c in found]
+
+
+def describe(
+    point: Point, candidate: Candidate, timing: Timing | None, dtype: str, training: bool, machine: Roofline | None
+) -> dict[str, Any]:
+    """The part of a row that depends on the candidate."""
+    row: dict[str, Any] = {
+        "candidate": candidate.name,
+        "kind": candidate.kind,
+        "resolved": candidate.resolved,
+        "status": candidate.status,
+        "note": candidate.note,
+    }
+    if candidate.max_error is not None:
+        row["max_error"] = f"{candidate.max_error:.3g}"
+    if timing is None:
+        return row
+    work = work_of(point, DTYPES[dtype].itemsize, training, candidate.dense)
+    row |= {
+        "us_p20": round(timing.low, 2),
+        "us_p50": round(timing.median, 2),
+        "us_p80": round(timing.high, 2),
+        "gflops": round(work.flops / timing.median / 1e3, 2),
+        "gbs": round(work.bytes / timing.median / 1e3, 2),
+        "intensity": round(work.flops / work.bytes, 2),
+    }
+    if machine is not None:
+        least = limit(work, dtype, machine)
+        row |= {
+            "limit_us": round(least.microseconds, 2),
+            "percent": round(100 * least.microseconds / timing.median, 1),
+            "bound": least.bound,
+            "peak_gflops": round(machine.peaks[dtype] / 1e9, 1),
+            "read_gbs": round(machine.levels[-1].read / 1e9, 1),
+            "copy_gbs": round(machine.levels[-1].copy / 1e9, 1),
+        }
+    return row
+
+
+def _headline(point: Point, rows: Sequence[dict[str, Any]]) -> str:
+    """One line a case: ours, the best peer that computes the same, what failed."""
+    ours = {row["candidate"]: row for row in rows if row["kind"] == "ours" and row["status"] == "ok"}
+    peers = [row for row in rows if row["kind"] == "peer" and row["status"] == "ok" and "dense" not in row["candidate"]]
+    parts = [
+        f"{name} {row['us_p50']:,.0f} µs" + (f" ({row['percent']:.0f} % of the limit)" if "percent" in row else "")
+        for name, row in ours.items()
+        if name in ("automatic", "packed")
+    ]
+    if peers:
+        best = min(peers, key=lambda row: row["us_p50"])
+        parts.append(f"best peer {best['candidate']} {best['us_p50']:,.0f} µs")
+    wrong = [f"{row['candidate']} is wrong: {row['note']}" for row in rows if row["status"] == "wrong"]
+    beaten = [f"{row['candidate']} beats the limit: the model is wrong" for row in rows if row.get("percent", 0) > 100]
+    return "  ".join([f"{point!s:<36}", ", ".join(parts), *wrong, *beaten])
+
+
+_BOTH_FORMS = ("unpacked", "packed")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    from benchmarks.models import NETWORKS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    targets = [*OPS, *NETWORKS, "models", "memory", "all"]
+    parser.add_argument("targets", nargs="+", metavar="target", help=f"of {', '.join(targets)}")
+    backends = sorted({name for spec in OPS.values() for name in spec.backends} | {"automatic"})
+    parser.add_argument("--backends", nargs="+", metavar="B", choices=backends, help=f"of {', '.join(backends)}")
+    parser.add_argument("--peers", nargs="*", metavar="P", choices=list(PEERS), help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--suite", default="small", choices=["small", "full"])
+    parser.add_argument("--training", action="store_true", help="forward and backward")
+    parser.add_argument("--packed", dest="forms", action="append_const", const="packed", help="packed weights only")
+    parser.add_argument("--unpacked", dest="forms", action="append_const", const="unpacked", help="plain weights only")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for each candidate of each case")
+    parser.add_argument("--threads", type=int, help="torch's threads, the engines' likewise")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, for a shared machine"
+    )
+    parser.add_argument("--resume", action="store_true", help="skip what the CSV holds of this commit and machine")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.targets if name not in targets]
+    if unknown:
+        parser.error(f"target: expected one of {', '.join(targets)}, got {', '.join(unknown)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.clock == "cpu" and torch.get_num_threads() > 1:
+        parser.error("--clock cpu counts the time of all threads: it needs --threads 1")
+    return arguments
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all when none is named")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each candidate of each case")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the published layer out")
-    arguments = parser.parse_args()
-    unknown = set(arguments.ops) - set(OPS)
-    if unknown:
-        parser.error(f"op: expected one of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
-    for op in arguments.ops or OPS:
-        run(op, arguments.seconds, not arguments.no_compile)
+    """Measure what was asked for, in order."""
+    from benchmarks import memory, models
+
+    arguments = parse()
+    wanted = set(arguments.targets)
+    ops = [op for op in OPS if wanted & {op, "all"}]
+    networks = [name for name in models.NETWORKS if wanted & {name, "models", "all"}]
+    try:
+        machine = None
+        if ops:
+            machine = measure_machine(arguments.clock)
+        for op in ops:
+            run_op(op, arguments, machine)
+        if networks:
+            models.run(networks, arguments)
+        if wanted & {"memory", "all"}:
+            memory.run(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; what is done is in the CSV, --resume goes on from there") from None
+
+
+def measure_machine(clock: str) -> Roofline | None:
+    """The roofline, printed; None with a sentence where it cannot be measured."""
+    try:
+        machine = roofline.measure(clock)
+    except RuntimeError as reason:
+        say(f"no percent of the limit: {reason}")
+        return None
+    say(f"{roofline.cpu_name()}, {machine}")
+    return machine
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from inherit_kernels.ops.gated_lowrank_linear import gated_lowrank_linear as gat
 from inherit_kernels.ops.lowrank_conv2d import lowrank_conv2d as lowrank_conv2d
 from inherit_kernels.ops.lowrank_linear import lowrank_linear as lowrank_linear
 from inherit_kernels.packing import Packed as Packed
+from inherit_kernels.packing import bind as bind
 from inherit_kernels.packing import pack as pack
 from inherit_kernels.registry import OPS, flop_formulas_of
 from inherit_kernels.status import status as status

@@ -325,10 +325,13 @@ def test_threads_do_not_change_a_bit():
             torch.set_num_threads(count)
             torch.manual_seed(5)
             found = []
-            for rows in (5, 30, 300, 1100):
-                inputs = linear_inputs(rows, (130, 37, 90, 3), torch.float32, True, True)
+            for rows, sizes in (
+                *((rows, (130, 37, 90, 3)) for rows in (5, 30, 300, 1100)),
+                *((rows, (2050, 64, 1030, 3)) for rows in (1, 60)),
+            ):
+                inputs = linear_inputs(rows, sizes, torch.float32, True, True)
                 y, t = forward(inputs, saving=True)
-                found += [y, t, *backward(random(rows, 90), t, inputs)]
+                found += [y, t, *backward(random(rows, sizes[2]), t, inputs)]
             t, up, gate = random(5, 9, 40, 40), random(3, 30, 9), random(3, 9)
             found.append(ops.gated_lowrank_conv2d_mix(t, up, gate, None, None, None, 0, False))
             found += ops.gated_lowrank_conv2d_mix_backward(random(5, 30, 40, 40), t, up, gate, None, None, *[True] * 4)

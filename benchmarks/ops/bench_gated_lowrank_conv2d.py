@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ops.common import bench, bench_baseline, parameters
+from benchmarks.ops.common import bench, bench_baseline, bench_training, parameters
 from inherit_kernels.ops.gated_lowrank_conv2d.cases import case
 from inhernet.demos.published import published_layer
 from inhernet.nn import GatedLowRankConv2d
@@ -18,8 +18,13 @@ CASES = [
 
 
 @parameters("gated_lowrank_conv2d", CASES)
-def test_forward(benchmark, case, backend):
-    bench(benchmark, "gated_lowrank_conv2d", case, backend)
+def test_forward(benchmark, case, form):
+    bench(benchmark, "gated_lowrank_conv2d", case, form)
+
+
+@parameters("gated_lowrank_conv2d", CASES, training=True)
+def test_training(benchmark, case, form):
+    bench_training(benchmark, "gated_lowrank_conv2d", case, form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -27,7 +32,7 @@ def test_dense_layer(benchmark, case):
     channels = case.shapes["x"][1]
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1)
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "gated_lowrank_conv2d", case, lambda: layer(x))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,4 +40,4 @@ def test_published_layer(benchmark, case):
     channels, (_, n, r) = case.shapes["x"][1], case.shapes["up"]
     layer = published_layer(GatedLowRankConv2d(channels, n, 3, rank=r, heads=3, padding=1))
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "gated_lowrank_conv2d", case, lambda: layer(x))

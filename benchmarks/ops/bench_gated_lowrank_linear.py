@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ops.common import bench, bench_baseline, parameters
+from benchmarks.ops.common import bench, bench_baseline, bench_training, parameters
 from inherit_kernels.ops.gated_lowrank_linear.cases import case
 from inhernet.demos.published import published_layer
 from inhernet.nn import GatedLowRankLinear
@@ -18,15 +18,20 @@ CASES = [
 
 
 @parameters("gated_lowrank_linear", CASES)
-def test_forward(benchmark, case, backend):
-    bench(benchmark, "gated_lowrank_linear", case, backend)
+def test_forward(benchmark, case, form):
+    bench(benchmark, "gated_lowrank_linear", case, form)
+
+
+@parameters("gated_lowrank_linear", CASES, training=True)
+def test_training(benchmark, case, form):
+    bench_training(benchmark, "gated_lowrank_linear", case, form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dense_layer(benchmark, case):
     layer = torch.nn.Linear(case.shapes["x"][-1], case.shapes["up"][-2])
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "gated_lowrank_linear", case, lambda: layer(x))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -34,4 +39,4 @@ def test_published_layer(benchmark, case):
     k, (_, n, r) = case.shapes["x"][-1], case.shapes["up"]
     layer = published_layer(GatedLowRankLinear(k, n, rank=r, heads=3))
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "gated_lowrank_linear", case, lambda: layer(x))

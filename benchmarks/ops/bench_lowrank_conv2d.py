@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ops.common import bench, bench_baseline, parameters
+from benchmarks.ops.common import bench, bench_baseline, bench_training, parameters
 from inherit_kernels.ops.lowrank_conv2d.cases import case
 
 CASES = [
@@ -16,8 +16,13 @@ CASES = [
 
 
 @parameters("lowrank_conv2d", CASES)
-def test_forward(benchmark, case, backend):
-    bench(benchmark, "lowrank_conv2d", case, backend)
+def test_forward(benchmark, case, form):
+    bench(benchmark, "lowrank_conv2d", case, form)
+
+
+@parameters("lowrank_conv2d", CASES, training=True)
+def test_training(benchmark, case, form):
+    bench_training(benchmark, "lowrank_conv2d", case, form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -25,4 +30,4 @@ def test_dense_layer(benchmark, case):
     channels = case.shapes["x"][1]
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1)
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "lowrank_conv2d", case, lambda: layer(x))

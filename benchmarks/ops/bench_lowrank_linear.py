@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ops.common import bench, bench_baseline, parameters
+from benchmarks.ops.common import bench, bench_baseline, bench_training, parameters
 from inherit_kernels.ops.lowrank_linear.cases import case
 
 CASES = [
@@ -16,12 +16,17 @@ CASES = [
 
 
 @parameters("lowrank_linear", CASES)
-def test_forward(benchmark, case, backend):
-    bench(benchmark, "lowrank_linear", case, backend)
+def test_forward(benchmark, case, form):
+    bench(benchmark, "lowrank_linear", case, form)
+
+
+@parameters("lowrank_linear", CASES, training=True)
+def test_training(benchmark, case, form):
+    bench_training(benchmark, "lowrank_linear", case, form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dense_layer(benchmark, case):
     layer = torch.nn.Linear(case.shapes["x"][-1], case.shapes["up"][-2])
     x = torch.randn(case.shapes["x"])
-    bench_baseline(benchmark, case, lambda: layer(x))
+    bench_baseline(benchmark, "lowrank_linear", case, lambda: layer(x))

@@ -131,7 +131,7 @@ SixTensors gated_lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor d
   b.d_gate_weight = need_gate_weight ? d_gate_weight.data_ptr() : nullptr;
   b.d_gate_bias = need_gate_bias ? d_gate_bias.data_ptr() : nullptr;
   b.d_bias = need_bias ? d_bias.data_ptr() : nullptr;
-  LinearBackwardPass(runtime, b).run();
+  linear_backward(runtime, b);
   return {dx, d_down, d_up, d_gate_weight, d_gate_bias, d_bias};
 }
 

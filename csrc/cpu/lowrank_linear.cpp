@@ -80,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Te
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
   check_dims(down, "down", 2);
   check_dims(up, "up", 2);
+  STD_TORCH_CHECK(down.size(0) >= 1, "rank: must be at least 1");
   Sizes x_sizes = sizes_of(x), z_sizes = x_sizes, t_sizes = x_sizes;
   int64_t in = x_sizes.back(), rank = down.size(0), out = up.size(0);
   z_sizes.back() = out;
@@ -103,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Te
   b.d_down = need_down ? d_down.data_ptr() : nullptr;
   b.d_up = need_up ? d_up.data_ptr() : nullptr;
   b.d_bias = need_bias ? d_bias.data_ptr() : nullptr;
-  LinearBackwardPass(runtime, b).run();
+  linear_backward(runtime, b);
   return {dx, d_down, d_up, d_bias};
 }
 

@@ -19,7 +19,8 @@ Tensor pack_panels(Tensor weight, OptionalTensor bias) {
   source.outputs = weight.size(heads);
   source.rank = weight.size(heads + 1);
   source.up = heads ? heads_view(weight, dtype) : HeadsView{matrix_view(weight, dtype), 0};
-  check(bias, "bias", heads ? Sizes{source.heads, source.outputs} : Sizes{source.outputs}, dtype);
+  Sizes expected = heads ? Sizes{source.heads, source.outputs} : Sizes{source.outputs};
+  check(bias, "bias", expected, dtype);
   source.bias = heads ? matrix_view(bias, dtype) : vector_view(bias, dtype);
   Tensor panels = empty_cpu({panels_elements(*runtime.kernels, dtype, source.outputs, source.depth())}, dtype);
   pack_source(runtime, source, panels.data_ptr());

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -40,8 +42,18 @@ inline Sizes sizes_of(const Tensor& tensor) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
-inline void check(const Tensor& tensor, const char* name, const Sizes& expected, Dtype dtype) {
-  STD_TORCH_CHECK(sizes_of(tensor) == expected, name, ": unexpected shape");
+// A view of expected sizes: a vector, or a list in braces, which costs no allocation.
+struct Expected {
+  Expected(const Sizes& sizes) : data(sizes.data()), count(sizes.size()) {}
+  Expected(std::initializer_list<int64_t> sizes) : data(sizes.begin()), count(sizes.size()) {}
+  const int64_t* data;
+  size_t count;
+};
+
+inline void check(const Tensor& tensor, const char* name, Expected expected, Dtype dtype) {
+  auto sizes = tensor.sizes();
+  bool equal = sizes.size() == expected.count && std::equal(sizes.begin(), sizes.end(), expected.data);
+  STD_TORCH_CHECK(equal, name, ": unexpected shape");
   STD_TORCH_CHECK(dtype_of(tensor, name) == dtype, name, ": dtype differs from x");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": device must be cpu");
 }
@@ -50,7 +62,7 @@ inline void check_dims(const Tensor& tensor, const char* name, int64_t dims) {
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ", tensor.dim());
 }
 
-inline void check(const OptionalTensor& tensor, const char* name, const Sizes& expected, Dtype dtype) {
+inline void check(const OptionalTensor& tensor, const char* name, Expected expected, Dtype dtype) {
   if (tensor) check(*tensor, name, expected, dtype);
 }
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .config import EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
     from .decompose import Plan, inherit, plan, summary, verify
+    from .export import Optimization, optimize
 
 _HOME = {
     "InheritConfig": "config",
@@ -25,6 +26,8 @@ _HOME = {
     "inherit": "decompose",
     "verify": "decompose",
     "summary": "decompose",
+    "Optimization": "export",
+    "optimize": "export",
     "save": "checkpoint",
     "load": "checkpoint",
 }
@@ -32,6 +35,7 @@ _HOME = {
 __all__ = [
     "EnergyBudget",
     "InheritConfig",
+    "Optimization",
     "ParamBudget",
     "Plan",
     "UniformRank",
@@ -40,6 +44,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "optimize",
     "plan",
     "save",
     "summary",

@@ -1,7 +1,8 @@
 """Save and load an inherited model: `config.json`, `plan.json`, `model.safetensors`, and no code.
 
 `config.json` names how the dense architecture is built and which tensors are tied, `plan.json` says which layers are
-low-rank and how, `model.safetensors` holds parameters and buffers. The teacher is not needed to load.
+low-rank and how, `model.safetensors` holds parameters and buffers. The teacher is not needed to load. An optimised model
+adds `optimized.json`, its choices per layer; the other files are those of the model it was made from.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import inherit_kernels
 
 from . import architecture, atomic
 from .decompose import Plan
+from .export import Optimization, restore
 from .nn import LowRankModule, empty_like_dense
 
 FORMAT_VERSION = 1
-CONFIG, PLAN, WEIGHTS = "config.json", "plan.json", "model.safetensors"
-_OURS = {CONFIG, PLAN, WEIGHTS}
+CONFIG, PLAN, WEIGHTS, OPTIMIZED = "config.json", "plan.json", "model.safetensors", "optimized.json"
+_OURS = {CONFIG, PLAN, WEIGHTS, OPTIMIZED}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LIMIT = 64 * 2**20  # bytes of JSON; a plan of a thousand layers has 0.5 MB
 
@@ -40,7 +42,7 @@ def save(
     """Write a model to a directory, atomically: killed at any moment it leaves the previous version or the new one.
 
     Args:
-        model: made by `inhernet.inherit`, or a dense model. It is not changed.
+        model: made by `inhernet.inherit` or `inhernet.optimize`, or a dense model. It is not changed.
         dir: created (parents too), or replaced if it holds an earlier save and nothing else.
         factory: what builds the dense architecture: a top-level function or "package.module.function". None for the
             models of `inhernet.models` and of transformers, which know it themselves.
@@ -55,6 +57,7 @@ def save(
     """
     name, arguments = architecture.describe(model, factory, args)
     plan = _checked_plan(model)
+    optimization = getattr(model, "optimization", None)
     tensors, ties = _unique_tensors(model)
     target = Path(os.path.realpath(dir))
     _refuse_foreign(target)
@@ -72,6 +75,8 @@ def save(
         (directory / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if plan is not None:
             (directory / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+        if isinstance(optimization, Optimization):
+            (directory / OPTIMIZED).write_text(optimization.to_json() + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +87,13 @@ def load(
     dir: str | os.PathLike[str],
     factory: Callable[..., nn.Module] | None = None,
     trust: Sequence[str] = (),
+    *,
+    optimized: bool = True,
 ) -> nn.Module:
     """Read a model that `save` wrote: on the CPU, in eval mode, without the teacher.
+
+    An optimised model comes back optimised where processor, threads and versions are those it was measured with;
+    elsewhere a note says what differs and the plain model is returned.
 
     No file of the directory runs code. Without consent it may only name a function of `inhernet.models` or a
     configuration class of transformers.
@@ -92,6 +102,7 @@ def load(
         dir: the directory.
         factory: your own function that builds the dense architecture; it gets the saved arguments.
         trust: packages whose functions the directory may name, such as `("mypackage.",)`. Importing one runs it.
+        optimized: False returns the plain model of a directory that holds an optimised one, to train or export it.
 
     Raises:
         FileNotFoundError: no directory, or a file of it is missing.
@@ -101,7 +112,7 @@ def load(
     Example:
         >>> model = load("student")  # doctest: +SKIP
     """
-    directory, config, plan_text, tensors = _read_consistently(Path(dir))
+    directory, config, plan_text, tensors, choices = _read_consistently(Path(dir))
     name, args = config["factory"], config["args"]
     model = architecture.build(name, args, factory, trust)
     plan = None
@@ -112,7 +123,10 @@ def load(
     model.__dict__["inhernet_factory"] = (name, args)
     if plan is not None:
         model.inhernet_plan = plan
-    return model.eval()
+    model.eval()
+    if choices is None or not optimized:
+        return model
+    return _parse(lambda: restore(model, choices), directory / OPTIMIZED)
 
 
 def _checked_plan(model: nn.Module) -> Any:
@@ -169,7 +183,7 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, dict[str, Tensor]]:
+def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, dict[str, Tensor], str | None]:
     """Read all files of one version, even if another process swaps the directory meanwhile."""
     target = Path(os.path.realpath(path))
     for attempt in range(10):
@@ -178,7 +192,8 @@ def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, di
             raise FileNotFoundError(f"dir {path} is not a directory")
         before = directory.stat().st_ino
         try:
-            content = directory, _read_config(directory), _read_plan(directory), _read_tensors(directory)
+            plan, choices = _read_optional(directory / PLAN), _read_optional(directory / OPTIMIZED)
+            content = directory, _read_config(directory), plan, _read_tensors(directory), choices
         except FileNotFoundError:
             if attempt == 9 or _inode(directory) == before:
                 raise
@@ -239,9 +254,8 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-def _read_plan(directory: Path) -> str | None:
-    path = directory / PLAN
-    return _read_json(_inside(directory, PLAN)) if path.exists() or path.is_symlink() else None
+def _read_optional(path: Path) -> str | None:
+    return _read_json(_inside(path.parent, path.name)) if path.exists() or path.is_symlink() else None
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: `inhernet plan|convert|train|eval|bench|doctor|demo`.
+"""The command line: `inhernet plan|convert|train|eval|bench|optimize|doctor|demo`.
 
 Exit status: 0 done, 1 a check failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
@@ -30,7 +30,7 @@ TEACHER  hf:DIR (a transformers directory), or package.module:function called wi
          --weights FILE.safetensors for its weights
 DATA     digits, or package.module:function returning (train, val), (train, val, test), a mapping with these keys,
          or one iterable of batches (x, target)
-DIR      a directory that `convert` wrote
+DIR      a directory that `convert` wrote (or `optimize`)
 
 examples
   inhernet plan inhernet.models:resnet20 --rank 8
@@ -38,6 +38,7 @@ examples
   inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5
   inhernet eval DIR --teacher TEACHER --weights W.safetensors --data digits
   inhernet bench DIR
+  inhernet optimize DIR --input 3x32x32 --batch 1 --out FAST
   inhernet demo digits"""
 
 
@@ -153,6 +154,14 @@ def build_parser() -> Parser:
     bench.add_argument("--batch", type=int, nargs="+", default=[1, 64], metavar="B")
     bench.add_argument("--seconds", type=float, default=1.0, help="per figure")
     bench.add_argument("--compile", action="store_true", help="add torch.compile of all three")
+
+    fast = command("optimize", run_optimize, "the fastest form of every layer for inference here, by measuring")
+    _add_model(fast)
+    fast.add_argument("--out", metavar="DIR", required=True, help="where to write")
+    fast.add_argument("--data", metavar="DATA", help=f"take an input from here: {DATA_HELP}")
+    fast.add_argument("--input", metavar="SHAPE", help="shape of one example, such as 3x32x32")
+    fast.add_argument("--batch", type=int, default=1, metavar="B", help="examples per call (default: 1)")
+    fast.add_argument("--seconds", type=float, default=0.1, help="per figure")
 
     command("doctor", run_doctor, "what is installed, built and fast here, and why not")
 
@@ -287,7 +296,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     objective = OBJECTIVES[arguments.objective or ("default" if arguments.teacher else "task")]
     if objective.kd and not arguments.teacher:
         raise specs.UsageError(f"--objective is {arguments.objective!r}, which needs --teacher TEACHER")
-    model = _load(arguments)
+    model = _load(arguments, optimized=False)
     teacher = specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else None
     data = specs.data(arguments.data)
     out = Path(arguments.out or arguments.dir)
@@ -358,12 +367,14 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
     if min(arguments.batch) < 1:
         raise specs.UsageError(f"--batch is {arguments.batch}, expected sizes of at least 1")
-    model = _load(arguments)
+    model, fast = _load(arguments, optimized=False), _load(arguments)
     dense = (
         specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else dense_like(model, arguments.trust)
     )
     example = specs.example_inputs(model, arguments.input, specs.data(arguments.data).judge if arguments.data else None)
     networks: dict[str, Any] = {"dense": dense.eval(), "inherited": model, "published form": published(model).eval()}
+    if hasattr(fast, "optimization"):
+        networks["optimised"] = fast
     if arguments.compile:
         networks |= {f"{name}, torch.compile": torch.compile(network) for name, network in list(networks.items())}
     rows = []
@@ -384,6 +395,19 @@ def run_bench(arguments: argparse.Namespace) -> None:
     table(f"latency of {arguments.dir}, {threads} threads, interleaved", columns, rows)
 
 
+def run_optimize(arguments: argparse.Namespace) -> None:
+    import inhernet
+    from inhernet import specs
+
+    if arguments.batch < 1:
+        raise specs.UsageError(f"--batch is {arguments.batch}, expected at least 1")
+    model = _load(arguments, optimized=False)
+    loader = specs.data(arguments.data).judge if arguments.data else None
+    inputs = specs.example_inputs(model, arguments.input, loader)(arguments.batch)
+    inhernet.save(inhernet.optimize(model, inputs, seconds=arguments.seconds), arguments.out)
+    say(f"written to {arguments.out}")
+
+
 def dense_like(model: nn.Module, trust: Sequence[str] = ()) -> nn.Module:
     """The dense architecture behind a loaded network, with arbitrary weights: enough to be timed."""
     import torch
@@ -399,10 +423,10 @@ def dense_like(model: nn.Module, trust: Sequence[str] = ()) -> nn.Module:
     return dense.eval()
 
 
-def _load(arguments: argparse.Namespace) -> nn.Module:
+def _load(arguments: argparse.Namespace, optimized: bool = True) -> nn.Module:
     import inhernet
 
-    return inhernet.load(arguments.dir, trust=tuple(arguments.trust))
+    return inhernet.load(arguments.dir, trust=tuple(arguments.trust), optimized=optimized)
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:

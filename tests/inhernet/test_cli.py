@@ -289,3 +289,22 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "inhernet plan inhernet.models:resnet20 --rank 8" in capsys.readouterr().out
+
+
+def test_optimize_writes_a_directory_that_runs_and_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(folder, "--rank", "4")
+    command = ["optimize", "student", "--data", "mine:parts", "--batch", "2", "--seconds", "0.002", "--out", "fast"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "forms of" in out and "whole model, given" in out and "written to fast" in out
+    fast = load("fast")
+    assert fast.optimization.milliseconds["given"] > 0
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), load("student")(x), rtol=1e-3, atol=1e-4)
+    assert main(["eval", "fast", "--data", "mine:parts"]) == 0
+    assert main(["bench", "fast", "--input", "1x8x8", "--batch", "1", "--seconds", "0.01"]) == 0
+    assert "optimised" in capsys.readouterr().out
+    assert main(["train", "fast", "--data", "mine:parts", "--epochs", "1", "--out", "again"]) == 0
+    assert main(["optimize", "student", "--batch", "0", "--out", "x"]) == 2
+    assert "--batch is 0" in capsys.readouterr().err

@@ -172,7 +172,7 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
                    gated ? d_gate.data() : nullptr,
                    gated ? d_gate_bias.data() : nullptr,
                    d_bias.data()};
-  LinearBackwardPass(run, b).run();
+  linear_backward(run, b);
   // d_bias and d_up follow from t and dz alone; dx and the rest are checked for finiteness here, for value in Python.
   Doubles want_bias(s.heads * s.out), want_up(s.heads * s.out * s.rank);
   for (int64_t i = 0; i < s.rows; ++i) {

@@ -32,15 +32,17 @@ struct LinearForward {
 // Small operands as float32, prepared once per call.
 struct GateOperands {
   GateOperands(const Kernels& k, const LinearShape& s, MatrixView weight, MatrixView gate_bias, MatrixView bias)
-      : panels(ceil_div(s.heads, k.nr)),
+      : weight(weight),
+        dots(s.rows <= kDotRows && weight.col_stride == 1),
+        panels(ceil_div(s.heads, k.nr)),
         out_width(round_up(s.out, k.nr)),
-        weight_panels(weight.data ? panels * s.rank * k.nr : 0),
+        weight_panels(weight.data && !dots ? panels * s.rank * k.nr : 0),
         gate_bias_row(gate_bias.data ? panels * k.nr : 0),
         bias_rows(bias.data ? s.heads * out_width : 0),
         has_gate(weight.data),
         has_gate_bias(gate_bias.data),
         has_bias(bias.data) {
-    for (int64_t p = 0; has_gate && p < panels; ++p) {
+    for (int64_t p = 0; has_gate && !dots && p < panels; ++p) {
       k.pack(weight, p * k.nr, std::min(k.nr, s.heads - p * k.nr), 0, s.rank, weight_panels.get() + p * s.rank * k.nr);
     }
     if (has_gate_bias) {
@@ -54,6 +56,8 @@ struct GateOperands {
     }
   }
 
+  MatrixView weight;
+  bool dots;  // few rows: logits straight from the weight
   int64_t panels, out_width;
   Scratch weight_panels, gate_bias_row, bias_rows;
   bool has_gate, has_gate_bias, has_bias;
@@ -65,7 +69,11 @@ constexpr float kOne = 1.0f;
 inline void compute_gates(const Kernels& k, const LinearShape& s, const GateOperands& gate, const float* t, int64_t ldt,
                           int64_t rows, float* g) {
   int64_t ldg = gate.panels * k.nr;
-  multiply(k, t, ldt, false, rows, s.rank, gate.weight_panels.get(), k.nr, s.rank * k.nr, gate.panels, g, ldg, false);
+  if (gate.dots) {
+    k.dot(t, ldt, rows, s.rank, gate.weight, 0, s.heads, g, ldg, false);
+  } else {
+    multiply(k, t, ldt, false, rows, s.rank, gate.weight_panels.get(), k.nr, s.rank * k.nr, gate.panels, g, ldg, false);
+  }
   if (gate.has_gate_bias) {
     k.product(&kOne, 0, false, rows, 1, gate.gate_bias_row.get(), 0, k.nr, gate.panels, g, ldg, true);
   }
