@@ -60,11 +60,17 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " int dilation_h, int dilation_w, int activation) -> Tensor");
   // The panels of down, tap by tap, and of every head of up, in float32.
   m.def("pack_conv2d(Tensor down, Tensor up) -> (Tensor panels_down, Tensor panels_up)");
-  // dz [B, N, Ho, Wo]; dt in the memory format of t
+  // dz [B, N, Ho, Wo]; dx in the memory format that the strides of x prefer, d_down laid out as down
   m.def(
-      "gated_lowrank_conv2d_mix_backward(Tensor dz, Tensor t, Tensor up, Tensor gate_weight, Tensor? gate_bias,"
-      " Tensor? bias, bool need_up, bool need_gate_weight, bool need_gate_bias, bool need_bias) -> (Tensor dt,"
-      " Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias, Tensor d_bias)");
+      "lowrank_conv2d_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, int stride_h, int stride_w,"
+      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_dx, bool need_down, bool need_up,"
+      " bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_bias)");
+  m.def(
+      "gated_lowrank_conv2d_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up, Tensor gate_weight,"
+      " Tensor? gate_bias, Tensor? bias, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h,"
+      " int dilation_w, bool need_dx, bool need_down, bool need_up, bool need_gate_weight, bool need_gate_bias,"
+      " bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias,"
+      " Tensor d_bias)");
 
   // A weight [J, D] as panels for the active instruction set, in its dtype, a bias [J] as one more depth. The weights
   // of heads [H, J, D] lie side by side as [J, H * D], their biases [H, J] after them.

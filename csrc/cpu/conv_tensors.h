@@ -1,7 +1,8 @@
 // What the adapters of the two convolution ops share.
 #pragma once
 
-#include "inherit_kernels/conv.h"
+#include "inherit_kernels/conv_backward.h"
+#include "inherit_kernels/conv_mix_backward.h"
 #include "tensors.h"
 
 namespace inherit_kernels {
@@ -27,23 +28,23 @@ inline Tensor empty_images(const Sizes& sizes, Dtype dtype, bool channels_last) 
   return empty_cpu(sizes, dtype, {h * w * c, 1, w * c, c});
 }
 
-// torch's rule for the memory format that strides prefer.
-inline bool prefers_channels_last(const Tensor& x) {
-  if (x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (int d : {1, 3, 2, 0}) {
-    if (x.size(d) == 0 || x.stride(d) < least || (d == 0 && least == x.stride(1))) return false;
-    least = x.stride(d) * x.size(d);
-  }
-  return true;
-}
-
 // Whether the dimensions `order`, innermost first, lie densely.
 inline bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
   int64_t expected = 1;
   for (int d : order) {
     if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
     expected *= tensor.size(d);
+  }
+  return true;
+}
+
+// torch's rule for the memory format that strides prefer; contiguous where they may be either.
+inline bool prefers_channels_last(const Tensor& x) {
+  if (x.stride(1) == 0 || (x.size(1) > 1 && is_dense(x, {3, 2, 1, 0}))) return false;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    if (x.size(d) == 0 || x.stride(d) < least || (d == 0 && least == x.stride(1))) return false;
+    least = x.stride(d) * x.size(d);
   }
   return true;
 }
@@ -157,6 +158,70 @@ inline ConvResult conv_call(Tensor x, ConvWeights w, const std::optional<GateTen
   }
   conv_forward(runtime, f);
   return result;
+}
+
+struct ConvGradients {
+  Tensor dx, d_down, d_up, d_gate_weight, d_gate_bias, d_bias;
+};
+
+// Both ops; `needs` in the order of ConvGradients. A gradient that is not needed is an empty tensor.
+inline ConvGradients conv_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up,
+                                   const std::optional<GateTensors>& gate, const OptionalTensor& bias,
+                                   const Geometry& geometry, const bool (&needs)[6]) {
+  Runtime runtime = cpu_runtime();
+  Dtype dtype = dtype_of(x, "x");
+  if (gate) check_dims(gate->weight, "gate_weight", 2);
+  int64_t heads = gate ? gate->weight.size(0) : 1;
+  ConvShape s = conv_shape(x, plain_weights(down, up, gate ? 3 : 2), heads, geometry);
+  check(down, "down", {s.rank, s.channels, s.kernel[0], s.kernel[1]}, dtype);
+  check(up, "up", gate ? Sizes{heads, s.out, s.rank} : Sizes{s.out, s.rank}, dtype);
+  check(dz, "dz", {s.batch, s.out, s.out_height, s.out_width}, dtype);
+  check(t, "t", {s.batch, s.rank, s.out_height, s.out_width}, dtype);
+  check(bias, "bias", gate ? Sizes{heads, s.out} : Sizes{s.out}, dtype);
+  MixBackward m{};
+  m.shape = {s.batch, s.rank, s.out, s.positions(), heads};
+  m.dz = images_view(dz, dtype);
+  m.t = images_view(t, dtype);
+  m.up = gate ? heads_view(up, dtype) : HeadsView{matrix_view(up, dtype), 0};
+  if (gate) {
+    check(gate->weight, "gate_weight", {heads, s.rank}, dtype);
+    check(gate->bias, "gate_bias", {heads}, dtype);
+    m.gate_weight = matrix_view(gate->weight, dtype);
+    m.gate_bias = vector_view(gate->bias, dtype);
+    m.bias = matrix_view(bias, dtype);
+  }
+  m.dtype = dtype;
+
+  bool channels_last = prefers_channels_last(x), need_dt = needs[0] || needs[1];
+  DownView down_rows = down_view(down, dtype);
+  ConvGradients g;
+  g.dx = needs[0] ? empty_images(sizes_of(x), dtype, channels_last) : empty_cpu({0}, dtype);
+  g.d_down = needs[1] ? empty_images(sizes_of(down), dtype, !down_rows.taps_inner) : empty_cpu({0}, dtype);
+  g.d_up = empty_if(needs[2], sizes_of(up), dtype);
+  g.d_gate_weight = empty_if(needs[3], {heads, s.rank}, dtype);
+  g.d_gate_bias = empty_if(needs[4], {heads}, dtype);
+  g.d_bias = empty_if(needs[5], gate ? Sizes{heads, s.out} : Sizes{s.out}, dtype);
+  auto pointer = [&](bool needed, Tensor& tensor) { return needed ? tensor.data_ptr() : nullptr; };
+  int64_t ldt = round_up(s.rank, runtime.kernels->nr);
+  Scratch dt(need_dt ? s.batch * s.positions() * ldt : 0);
+  m.dt = need_dt ? dt.get() : nullptr;
+  m.d_up = pointer(needs[2], g.d_up);
+  m.d_gate_weight = pointer(needs[3], g.d_gate_weight);
+  m.d_gate_bias = pointer(needs[4], g.d_gate_bias);
+  m.d_bias = pointer(needs[5], g.d_bias);
+  MixBackwardPass(runtime, m).run();
+  DownBackward d{};
+  d.shape = s;
+  d.x = images_view(x, dtype);
+  d.down = down_rows;
+  d.dt = dt.get();
+  d.ldt = ldt;
+  d.dtype = dtype;
+  d.channels_last = channels_last;
+  d.dx = pointer(needs[0], g.dx);
+  d.d_down = pointer(needs[1], g.d_down);
+  DownBackwardPass(runtime, d).run();
+  return g;
 }
 
 }  // namespace inherit_kernels

@@ -28,6 +28,17 @@ Tensor lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int
   return conv_call(x, weights, std::nullopt, bias, residual, geometry, activation, false).y;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_conv2d_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up,
+                                                                   int64_t stride_h, int64_t stride_w,
+                                                                   int64_t padding_h, int64_t padding_w,
+                                                                   int64_t dilation_h, int64_t dilation_w, bool need_dx,
+                                                                   bool need_down, bool need_up, bool need_bias) {
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+  ConvGradients g = conv_backward(dz, x, t, down, up, std::nullopt, std::nullopt, geometry,
+                                  {need_dx, need_down, need_up, false, false, need_bias});
+  return {g.dx, g.d_down, g.d_up, g.d_bias};
+}
+
 // up [N, R], or [H, N, R] of the gated op.
 std::tuple<Tensor, Tensor> pack_conv2d(Tensor down, Tensor up) {
   Runtime runtime = cpu_runtime();
@@ -53,5 +64,6 @@ STABLE_TORCH_LIBRARY_IMPL(inherit_kernels_C, CPU, m) {
   m.impl("lowrank_conv2d", TORCH_BOX(&inherit_kernels::lowrank_conv2d));
   m.impl("lowrank_conv2d_saving", TORCH_BOX(&inherit_kernels::lowrank_conv2d_saving));
   m.impl("lowrank_conv2d_packed", TORCH_BOX(&inherit_kernels::lowrank_conv2d_packed));
+  m.impl("lowrank_conv2d_backward", TORCH_BOX(&inherit_kernels::lowrank_conv2d_backward));
   m.impl("pack_conv2d", TORCH_BOX(&inherit_kernels::pack_conv2d));
 }

@@ -471,6 +471,7 @@ const Kernels INHERIT_KERNELS_TABLE(INHERIT_KERNELS_ISA) = {
     column_sums,
     gather,
     columns,
+    outer,
     pack_taps,
 };
 

@@ -66,6 +66,34 @@ void columns_tile(const float* w, int64_t depth, const float* t, const float* bi
   sums.store(c, ldc, relu);
 }
 
+// c [kM columns of a, one panel] += sum over rows.
+template <int kM>
+void outer_tile(const float* a, int64_t lda, const float* const* rows, int64_t first, int64_t count, float* c,
+                int64_t ldc) {
+  Sums<kM, 1> sums;
+  sums.start(nullptr, 0);
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < count; ++p) {
+    const float* row = rows[p] + first;
+    Vec column[kWide];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) column[j] = load_vec(row + j * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m) {
+      Vec value = broadcast(a[p * lda + m]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kWide; ++j) sums.v[m][j] += value * column[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) sums.v[m][j] += load_vec(c + m * ldc + j * kLanes);
+  }
+  sums.store(c, ldc, false);
+}
+
+using OuterTile = void (*)(const float*, int64_t, const float* const*, int64_t, int64_t, float*, int64_t);
 using GatherTile = void (*)(const GatherProduct&, int64_t, const float*, float*, int64_t);
 using ColumnsTile = void (*)(const float*, int64_t, const float*, const float*, const float*, int64_t, float*, int64_t,
                              bool);
@@ -76,6 +104,7 @@ using ColumnsTile = void (*)(const float*, int64_t, const float*, const float*, 
 #define INHERIT_KERNELS_ROW_TILES(tile) {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>}
 #endif
 constexpr GatherTile kGatherTiles[kRows] = INHERIT_KERNELS_ROW_TILES(gather_tile);
+constexpr OuterTile kOuterTiles[kRows] = INHERIT_KERNELS_ROW_TILES(outer_tile);
 constexpr ColumnsTile kColumnsTiles[kRows] = INHERIT_KERNELS_ROW_TILES(columns_tile);
 
 // Calls body(first row, rows) for tiles that share `rows` out evenly: 49 rows are 4 * 6 + 5 * 5, not 8 * 6 + 1.
@@ -93,6 +122,15 @@ void gather(const GatherProduct& p, float* c, int64_t ldc) {
   for (int64_t panel = 0; panel < p.panels; ++panel) {
     over_rows(p.count, [&](int64_t i, int64_t rows) {
       kGatherTiles[rows - 1](p, i, p.b + panel * p.b_panel, c + i * ldc + panel * kPanel, ldc);
+    });
+  }
+}
+
+void outer(const float* a, int64_t lda, int64_t cols, const float* const* rows, int64_t first, int64_t count,
+           int64_t panels, float* c, int64_t ldc) {
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    over_rows(cols, [&](int64_t i, int64_t size) {
+      kOuterTiles[size - 1](a + i, lda, rows, first + panel * kPanel, count, c + i * ldc + panel * kPanel, ldc);
     });
   }
 }

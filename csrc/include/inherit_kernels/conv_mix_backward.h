@@ -1,12 +1,13 @@
-// The backward pass of conv_mix.h. Per image b, with G_b = [t_b | 1]^T dz_b [rank + 1, out] (one product):
+// The backward pass of the second stage of the convolutions. Per image b, with G_b = [t_b | 1]^T dz_b [rank + 1, out]
+// (one product):
 //   dg_bh = <up_h, G_b> + <bias_h, sum_p dz_b>,  dlogits = g (dg - sum g dg),  ds = dlogits gate_weight,
 //   dt_b = up_eff^T dz_b + ds / positions,  d_up_h = sum_b g_bh G_b,  d_bias_h = sum_b g_bh sum_p dz_b,
-//   d_gate_weight = sum_b dlogits_b s_b. Sums over images are taken in order.
+//   d_gate_weight = sum_b dlogits_b s_b. Sums over images are taken in order. Without a gate g = 1 and ds = 0.
 #pragma once
 
 #include <vector>
 
-#include "inherit_kernels/conv_mix.h"
+#include "inherit_kernels/conv.h"
 #include "inherit_kernels/linear_backward.h"
 
 namespace inherit_kernels {
@@ -15,10 +16,9 @@ struct MixBackward {
   MixShape shape;
   ImagesView dz, t;
   HeadsView up;
-  MatrixView gate_weight, gate_bias, bias;
+  MatrixView gate_weight, gate_bias, bias;  // no gate_weight: the plain op
   Dtype dtype;
-  bool channels_last;                                 // of dt
-  void* dt;                                           // dense
+  float* dt;                                          // [batch * positions, round_up(rank, nr)]; null: not needed
   void *d_up, *d_gate_weight, *d_gate_bias, *d_bias;  // contiguous; null: not needed
 };
 
@@ -38,21 +38,32 @@ class MixBackwardPass {
         g_(s_.batch * ld_gate_),
         dlogits_(s_.batch * s_.heads),
         ds_(s_.batch * ld_rank_),
-        weights_(s_.heads * s_.rank * s_.out),
+        weights_(gate_.has_gate ? s_.heads * s_.rank * s_.out : 0),
         sums_(s_.heads * outer_) {}
 
   void run() {
     std::fill(sums_.get(), sums_.get() + s_.heads * outer_, 0.0f);
     if (s_.batch * s_.positions > 0) {
-      image_gates(runtime_, s_, a_.t, gate_, means_.get(), g_.get());
-      load_heads(k_, a_.up, s_.heads, s_.rank, s_.out, true, weights_.get());
-      outer_products();
-      dt();
+      if (gate_.has_gate) {
+        image_gates(runtime_, s_, a_.t, gate_, means_.get(), g_.get());
+        load_heads();
+      } else {
+        std::fill(g_.get(), g_.get() + s_.batch * ld_gate_, 1.0f);
+      }
+      if (gate_.has_gate || a_.d_up || a_.d_bias) outer_products();
+      if (a_.dt) dt();
     }
     store();
   }
 
  private:
+  void load_heads() {
+    for (int64_t h = 0; h < s_.heads; ++h) {
+      MatrixView up = transposed(head(a_.up, h));
+      k_.load(up, 0, s_.rank, 0, s_.out, weights_.get() + h * s_.rank * s_.out, s_.out);
+    }
+  }
+
   void outer_products() {
     int64_t group = std::min(s_.batch, std::max<int64_t>(runtime_.threads, 1));
     Scratch outer(group * outer_);
@@ -64,7 +75,7 @@ class MixBackwardPass {
       parallel(runtime_, count, count * work, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           outer_product(count > 1 ? serial : runtime_, b0 + i, outer.get() + i * outer_);
-          gate_gradient(b0 + i, outer.get() + i * outer_);
+          if (gate_.has_gate) gate_gradient(b0 + i, outer.get() + i * outer_);
         }
       });
       add_up(b0, count, outer.get());
@@ -123,23 +134,29 @@ class MixBackwardPass {
   }
 
   void dt() {
-    auto make_state = [&] {
-      return MixState(k_, weights_.get(), nullptr, 0, s_.heads, s_.rank, s_.out, a_.channels_last);
-    };
+    int64_t rank_panels = ld_rank_ / k_.nr;
+    Scratch up(s_.heads * ld_rank_ * s_.out);  // the heads transposed, as panels of the rank
+    for (int64_t i = 0; i < s_.heads * rank_panels; ++i) {
+      int64_t j = i % rank_panels * k_.nr;
+      k_.pack(transposed(head(a_.up, i / rank_panels)), j, std::min(k_.nr, s_.rank - j), 0, s_.out,
+              up.get() + i * s_.out * k_.nr);
+    }
+    Blocks blocks(runtime_, s_.batch, s_.positions, false);
     double work = 2.0 * s_.batch * s_.positions * s_.out * s_.rank;
-    int64_t block = a_.channels_last ? kImageRows : position_block(k_, s_.rank);
-    over_positions(runtime_, s_, block, work, make_state, [&](MixState& state, int64_t b, int64_t p0, int64_t count) {
-      state.weights.select(b, g_.get() + b * ld_gate_);
-      const float* ds = ds_.get() + b * ld_rank_;
-      if (a_.channels_last) {
-        multiply_channels(k_, state, s_.rank, s_.out, image(a_.dz, b), p0, count, ds);
-        void* out = element(a_.dt, a_.dtype, (b * s_.positions + p0) * s_.rank);
-        k_.store(state.c.get(), ld_rank_, count, s_.rank, out, a_.dtype, s_.rank);
-      } else {
-        multiply_positions(k_, state.weights.rows(), s_.rank, s_.out, image(a_.dz, b), p0, count, ds,
-                           state.scratch.get(), state.c.get());
-        void* out = element(a_.dt, a_.dtype, b * s_.rank * s_.positions + p0);
-        k_.store(state.c.get(), round_up(count, k_.nr), s_.rank, count, out, a_.dtype, s_.positions);
+    parallel(runtime_, blocks.count, work, [&](int64_t begin, int64_t end) {
+      MixedPanels mixed(k_, up.get(), s_.heads, ld_rank_, s_.rank, s_.out, nullptr, ld_rank_);
+      Scratch loaded(2 * blocks.size * loaded_ld(depth_block(s_.out)));
+      for (int64_t task = begin; task < end; ++task) {
+        int64_t q = blocks.first(task), b = q / s_.positions, count = blocks.length(task);
+        MatrixView dz = shifted(image(a_.dz, b), q % s_.positions, 0);
+        Panels w{mixed.select(b, 0, g_.get() + b * ld_gate_).panels, Dtype::kFloat32, s_.out};
+        auto rows = [&](int64_t d0, int64_t depth) {
+          return rows_of(k_, dz, Dtype::kFloat32, 0, count, d0, depth, loaded.get());
+        };
+        float* dt = a_.dt + q * ld_rank_;
+        multiply_panels(k_, rows, count, w, rank_panels, dt, ld_rank_);
+        if (!gate_.has_gate) continue;
+        k_.product(&kOne, 0, false, count, 1, ds_.get() + b * ld_rank_, 0, k_.nr, rank_panels, dt, ld_rank_, true);
       }
     });
   }
@@ -156,24 +173,23 @@ class MixBackwardPass {
                  s_.out);
       }
     }
-    if (s_.positions == 0) std::fill(dlogits_.get(), dlogits_.get() + s_.batch * s_.heads, 0.0f);
-    if (s_.positions == 0) std::fill(means_.get(), means_.get() + s_.batch * s_.rank, 0.0f);
-    std::vector<float> row(s_.rank);
-    for (int64_t h = 0; h < s_.heads; ++h) {
-      double bias = 0.0;
-      std::vector<double> weight(s_.rank, 0.0);
-      for (int64_t b = 0; b < s_.batch; ++b) {
-        double d = dlogits_.get()[b * s_.heads + h];
-        bias += d;
-        for (int64_t r = 0; r < s_.rank; ++r) weight[r] += d * means_.get()[b * s_.rank + r];
-      }
-      row.assign(weight.begin(), weight.end());
-      float bias_value = static_cast<float>(bias);
-      if (a_.d_gate_weight) {
-        k_.store(row.data(), s_.rank, 1, s_.rank, element(a_.d_gate_weight, a_.dtype, h * s_.rank), a_.dtype, s_.rank);
-      }
-      if (a_.d_gate_bias) k_.store(&bias_value, 1, 1, 1, element(a_.d_gate_bias, a_.dtype, h), a_.dtype, 1);
+    for (int64_t h = 0; gate_.has_gate && h < s_.heads; ++h) store_gate(h);
+  }
+
+  void store_gate(int64_t h) {
+    double bias = 0.0;
+    std::vector<double> weight(s_.rank, 0.0);
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      double d = dlogits_.get()[b * s_.heads + h];
+      bias += d;
+      for (int64_t r = 0; r < s_.rank; ++r) weight[r] += d * means_.get()[b * s_.rank + r];
     }
+    std::vector<float> row(weight.begin(), weight.end());
+    float bias_value = static_cast<float>(bias);
+    if (a_.d_gate_weight) {
+      k_.store(row.data(), s_.rank, 1, s_.rank, element(a_.d_gate_weight, a_.dtype, h * s_.rank), a_.dtype, s_.rank);
+    }
+    if (a_.d_gate_bias) k_.store(&bias_value, 1, 1, 1, element(a_.d_gate_bias, a_.dtype, h), a_.dtype, 1);
   }
 
   const Runtime& runtime_;

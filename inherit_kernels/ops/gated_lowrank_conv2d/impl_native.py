@@ -1,4 +1,4 @@
-"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_conv2d.cpp`; the backward of its first stage is torch's."""
+"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_conv2d.cpp`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.conv import Pair, first_stage_backward
+from inherit_kernels.common.conv import Pair
 from inherit_kernels.common.native import declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
@@ -71,10 +71,9 @@ def backward(
     activation: str | None,
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    need_x, need_down, *needs = needs
-    dt, *gradients = kernels.gated_lowrank_conv2d_mix_backward(dz, t, up, gate_weight, gate_bias, bias, *needs)
-    dx, d_down = first_stage_backward(dt, x, down, (stride, padding, dilation), need_x, need_down)
-    return dx, d_down, *only_needed(gradients, needs)
+    weights = down, up, gate_weight, gate_bias, bias
+    gradients = kernels.gated_lowrank_conv2d_backward(dz, x, t, *weights, *stride, *padding, *dilation, *needs)
+    return only_needed(gradients, needs)
 
 
 def pack(

@@ -1,13 +1,14 @@
-"""The C++ kernel for CPUs: `csrc/cpu/lowrank_conv2d.cpp`; the backward is that of the unfused form."""
+"""The C++ kernel for CPUs: `csrc/cpu/lowrank_conv2d.cpp`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.conv import Pair
-from inherit_kernels.common.native import declines, kernels
-from inherit_kernels.ops.lowrank_conv2d.impl_unfused import backward as backward
+from inherit_kernels.common.native import declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
 checks_arguments = True
@@ -45,6 +46,23 @@ def forward_saving(
 ) -> tuple[Tensor, Tensor]:
     code = ACTIVATION_CODES[activation]
     return kernels.lowrank_conv2d_saving(x, down, up, bias, residual, *stride, *padding, *dilation, code)
+
+
+def backward(
+    dz: Tensor,
+    t: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    gradients = kernels.lowrank_conv2d_backward(dz, x, t, down, up, *stride, *padding, *dilation, *needs)
+    return only_needed(gradients, needs)
 
 
 def pack(down: Tensor, up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
