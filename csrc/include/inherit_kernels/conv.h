@@ -1,6 +1,7 @@
-// y = act(up t + bias + residual), t = conv2d(x, down): the forward pass of lowrank_conv2d, and of gated_lowrank_conv2d,
-// where per image s = mean of t over its positions, g = softmax(s gate^T + gate_bias), up = sum_h g_h up_h and
-// bias = sum_h g_h bias_h: the heads are mixed in the weights, so that an image costs one product whatever their number.
+// y = act(up t + bias + residual), t = conv2d(x, down): the forward pass of lowrank_conv2d, and of
+// gated_lowrank_conv2d, where per image s = mean of t over its positions, g = softmax(s gate^T + gate_bias), up = sum_h
+// g_h up_h and bias = sum_h g_h bias_h: the heads are mixed in the weights, so that an image costs one product whatever
+// their number.
 //
 // The first stage is a product whose rows are gathered: every output position has one pointer per tap of the window,
 // to the channels of a pixel, side by side. Where x is not laid out so (channels first, bfloat16), the pixels of a few
@@ -35,8 +36,8 @@ struct DownView {
 struct ConvForward {
   ConvShape shape;
   ImagesView x;
-  DownView down;  // unless packed
-  HeadsView up;   // [heads, out, rank], unless packed
+  DownView down;                            // unless packed
+  HeadsView up;                             // [heads, out, rank], unless packed
   const float *down_panels, *up_panels;     // null: not packed
   MatrixView gate_weight, gate_bias, bias;  // as in LinearForward; no gate_weight: the plain op
   ImagesView residual;                      // may be absent
@@ -144,8 +145,17 @@ class DownStage {
       gather_image(b, p, size, done);
       done += size;
     }
-    GatherProduct g{rows_.data(), ld_, 0, count, 0, 0, panels_, s_.channels * k_.nr, s_.taps() * s_.channels * k_.nr,
-                    ceil_div(s_.rank, k_.nr), false};
+    GatherProduct g{rows_.data(),
+                    ld_,
+                    0,
+                    count,
+                    0,
+                    0,
+                    panels_,
+                    s_.channels * k_.nr,
+                    s_.taps() * s_.channels * k_.nr,
+                    ceil_div(s_.rank, k_.nr),
+                    false};
     // Runs of about kRun depths: their part of a panel stays in the first level cache while the positions pass, and
     // longer runs of a sum lose accuracy.
     int64_t chunks = ceil_div(s_.channels, kRun), chunk = ceil_div(s_.channels, chunks);

@@ -129,8 +129,8 @@ struct Kernels {
   // Convolutions (conv_kernels.h).
   void (*gather)(const GatherProduct& product, float* c, int64_t ldc);
   void (*columns)(const ColumnsProduct& product, const Epilogue& epilogue);
-  // One panel of a convolution's weight: dst[(k * channels + c) * nr + j] = w[j, c, k] for j < count, zero for the rest.
-  // w[j] begins at j * row and is [channels, taps] if taps_inner, else [taps, channels].
+  // One panel of a convolution's weight: dst[(k * channels + c) * nr + j] = w[j, c, k] for j < count, zero for the
+  // rest. w[j] begins at j * row and is [channels, taps] if taps_inner, else [taps, channels].
   void (*pack_taps)(const void* w, Dtype dtype, int64_t row, int64_t count, int64_t channels, int64_t taps,
                     bool taps_inner, float* dst);
 };
