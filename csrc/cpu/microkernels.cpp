@@ -243,13 +243,20 @@ void pack_pairs(MatrixView w, int64_t j0, int64_t count, int64_t d0, int64_t dep
 template <class T>
 void load_typed(const T* x, int64_t row, int64_t col, int64_t rows, int64_t depth, float* dst, int64_t ld) {
   int64_t i = 0;
-  for (; row == 1 && col != 1 && i + kLanes <= rows; i += kLanes) {
-    int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) {
-      transpose_square([&](int64_t j) { return load_vec(x + i + (d + j) * col); }, dst + i * ld + d, ld);
-    }
-    for (; d < depth; ++d) {
-      for (int64_t m = i; m < i + kLanes; ++m) dst[m * ld + d] = to_float(x[m + d * col]);
+  if (row == 1 && col != 1) {  // transpose a cache line's worth of rows at a time: columns 4096 bytes apart share a set
+    constexpr int64_t kStep = 16;
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      for (i = 0; i + kStep <= rows; i += kStep) {
+        for (int64_t m = i; m < i + kStep; m += kLanes) {
+          if (d + kLanes <= depth) {
+            transpose_square([&](int64_t j) { return load_vec(x + m + (d + j) * col); }, dst + m * ld + d, ld);
+            continue;
+          }
+          for (int64_t n = d; n < depth; ++n) {
+            for (int64_t j = m; j < m + kLanes; ++j) dst[j * ld + n] = to_float(x[j + n * col]);
+          }
+        }
+      }
     }
   }
   for (; i < rows; ++i) {
@@ -374,7 +381,10 @@ void scale_heads(const float* t, int64_t ldt, const float* g, int64_t ldg, int64
 }
 
 void mix(const float* w, int64_t stride, const float* g, int64_t heads, int64_t count, float* out) {
-  for (int64_t h = 0; h < heads; ++h) axpy(g[h], w + h * stride, count, out, h > 0);
+  constexpr int64_t kBlock = 2048;  // of `out`, which stays in the first level cache
+  for (int64_t k = 0; k < count; k += kBlock) {
+    for (int64_t h = 0; h < heads; ++h) axpy(g[h], w + h * stride + k, min64(kBlock, count - k), out + k, h > 0);
+  }
 }
 
 // ---- sums

@@ -173,7 +173,7 @@ class DownStage {
   }
 
  private:
-  static constexpr int64_t kRun = 384;
+  static constexpr int64_t kRun = 256;
 
   int64_t reach() const { return (s_.kernel[0] - 1) * s_.dilation[0]; }
 
@@ -221,6 +221,12 @@ class DownStage {
   std::vector<const float*> rows_;  // [taps, ld]
 };
 
+// Some columns of up, as panels, and of the bias.
+struct UpPanels {
+  const float *panels, *bias;  // bias may be null
+  int64_t first, count;
+};
+
 // The second stage, for one thread: some positions of one image.
 class UpStage {
  public:
@@ -230,23 +236,23 @@ class UpStage {
         panels_(f.channels_last ? 0 : round_up(block, k.nr) * f.shape.rank),
         c_(f.channels_last ? block * kFinishGroup * k.nr : 0) {}
 
-  // y for positions p ... p + count of image b from t [count, ldt] and up panels [out, rank].
-  void run(int64_t b, int64_t p, int64_t count, const float* t, int64_t ldt, const float* up, const float* bias) {
+  // Channels `up` of y for positions p ... p + count of image b, from t [count, ldt].
+  void run(int64_t b, int64_t p, int64_t count, const float* t, int64_t ldt, const UpPanels& up) {
     const ConvShape& s = f_.shape;
     int64_t positions = s.positions();
-    MatrixView residual = shifted(image(f_.residual, b), p, 0);
+    MatrixView residual = shifted(image(f_.residual, b), p, up.first);
     if (f_.channels_last) {
-      void* out = element(f_.y, f_.dtype, (b * positions + p) * s.out);
-      multiply_finish_panels(k_, {t, Dtype::kFloat32, ldt}, count, {up, Dtype::kFloat32, s.rank},
-                             ceil_div(s.out, k_.nr), {residual, f_.activation, out, f_.dtype, s.out, s.out}, c_.get(),
-                             bias);
+      void* out = element(f_.y, f_.dtype, (b * positions + p) * s.out + up.first);
+      multiply_finish_panels(k_, {t, Dtype::kFloat32, ldt}, count, {up.panels, Dtype::kFloat32, s.rank},
+                             ceil_div(up.count, k_.nr), {residual, f_.activation, out, f_.dtype, s.out, up.count},
+                             c_.get(), up.bias);
       return;
     }
     for (int64_t j = 0; j < count; j += k_.nr) {
       k_.pack({t, Dtype::kFloat32, ldt, 1}, j, std::min(k_.nr, count - j), 0, s.rank, panels_.get() + j * s.rank);
     }
-    void* out = element(f_.y, f_.dtype, b * s.out * positions + p);
-    k_.columns({up, s.out, s.rank, panels_.get(), bias},
+    void* out = element(f_.y, f_.dtype, (b * s.out + up.first) * positions + p);
+    k_.columns({up.panels, up.count, s.rank, panels_.get(), up.bias},
                {transposed(residual), f_.activation, out, f_.dtype, positions, count});
   }
 
@@ -308,13 +314,14 @@ inline void plain_conv(const Runtime& runtime, const ConvForward& given, const f
       int64_t q = blocks.first(task), count = blocks.length(task);
       first.run(q, count, t.get(), ldt);
       keep_t(k, f, q, count, t.get(), ldt);
-      second.run(joined ? 0 : q / positions, joined ? q : q % positions, count, t.get(), ldt, up,
-                 bias.has_bias ? bias.bias_rows.get() : nullptr);
+      second.run(joined ? 0 : q / positions, joined ? q : q % positions, count, t.get(), ldt,
+                 {up, bias.has_bias ? bias.bias_rows.get() : nullptr, 0, s.out});
     }
   });
 }
 
-// The heads' panels and biases mixed for one image; kept while a thread stays with the image.
+// Some columns of the heads' panels and biases, mixed for one image; kept while a thread stays with both. They take at
+// most 64 KiB, so that they and the heads they come from stay in the second level cache while the images pass.
 class MixedPanels {
  public:
   MixedPanels(const Kernels& k, const ConvShape& s, const float* up, const GateOperands& gate)
@@ -322,28 +329,30 @@ class MixedPanels {
         s_(s),
         up_(up),
         gate_(gate),
-        size_(round_up(s.out, k.nr) * s.rank),
-        mixed_(size_),
-        bias_(gate.has_bias ? gate.out_width : 0) {}
+        width_(std::min(gate.out_width, k.nr * std::max<int64_t>(1, 16384 / (s.rank * k.nr)))),
+        mixed_(width_ * s.rank),
+        bias_(gate.has_bias ? width_ : 0) {}
 
-  void select(int64_t b, const float* g) {
-    if (b == current_) return;
-    current_ = b;
-    k_.mix(up_, size_, g, s_.heads, size_, mixed_.get());
-    if (gate_.has_bias) k_.mix(gate_.bias_rows.get(), gate_.out_width, g, s_.heads, gate_.out_width, bias_.get());
+  int64_t parts() const { return ceil_div(gate_.out_width, width_); }
+
+  UpPanels select(int64_t b, int64_t part, const float* g) {
+    int64_t first = part * width_, width = std::min(width_, gate_.out_width - first);
+    if (b != image_ || part != part_) {
+      image_ = b, part_ = part;
+      k_.mix(up_ + first * s_.rank, gate_.out_width * s_.rank, g, s_.heads, width * s_.rank, mixed_.get());
+      if (gate_.has_bias) k_.mix(gate_.bias_rows.get() + first, gate_.out_width, g, s_.heads, width, bias_.get());
+    }
+    return {mixed_.get(), gate_.has_bias ? bias_.get() : nullptr, first, std::min(width, s_.out - first)};
   }
-
-  const float* up() const { return mixed_.get(); }
-  const float* bias() const { return gate_.has_bias ? bias_.get() : nullptr; }
 
  private:
   const Kernels& k_;
   const ConvShape& s_;
   const float* up_;
   const GateOperands& gate_;
-  int64_t size_;
+  int64_t width_;
   Scratch mixed_, bias_;
-  int64_t current_ = -1;
+  int64_t image_ = -1, part_ = -1;
 };
 
 // Images in groups whose t takes about 1 MiB a thread: three regions a group, which few small images would feel.
@@ -370,13 +379,14 @@ inline void gated_conv(const Runtime& runtime, const ConvForward& f, const float
     });
     MixShape mix{images, s.rank, s.out, positions, s.heads};
     image_gates(runtime, mix, {{t.get(), Dtype::kFloat32, ldt, 1}, size}, gate, means.get(), g.get());
-    parallel(runtime, up_blocks.count, work * s.out, [&](int64_t begin, int64_t end) {
+    int64_t parts = MixedPanels(k, s, up, gate).parts();
+    parallel(runtime, parts * up_blocks.count, work * s.out, [&](int64_t begin, int64_t end) {
       UpStage second(k, f, up_blocks.size);
       MixedPanels mixed(k, s, up, gate);
-      for (int64_t task = begin; task < end; ++task) {
-        int64_t q = up_blocks.first(task), b = q / positions;
-        mixed.select(b, g.get() + b * ldg);
-        second.run(b0 + b, q % positions, up_blocks.length(task), t.get() + q * ldt, ldt, mixed.up(), mixed.bias());
+      for (int64_t task = begin; task < end; ++task) {  // the images innermost
+        int64_t block = task % up_blocks.count, q = up_blocks.first(block), b = q / positions;
+        UpPanels part = mixed.select(b, task / up_blocks.count, g.get() + b * ldg);
+        second.run(b0 + b, q % positions, up_blocks.length(block), t.get() + q * ldt, ldt, part);
       }
     });
   }
