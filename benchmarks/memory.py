@@ -28,13 +28,13 @@ LINEAR, CONV = "gated_lowrank_linear", "gated_lowrank_conv2d"
 POINTS = [
     linear_point(LINEAR, 1024, 1024, 1024, 64, 3),
     linear_point(LINEAR, 4096, 768, 3072, 154, 3, activation="gelu"),
-    conv_point(CONV, 8, 64, 56, 64, 3, 1, 32, 3, "contiguous"),
-    conv_point(CONV, 8, 64, 56, 64, 3, 1, 32, 3, "channels_last", activation="relu"),
-    conv_point(CONV, 32, 128, 28, 128, 3, 1, 32, 3, "contiguous"),
+    conv_point(CONV, 8, (64, 56, 64, 3, 1), 32, 3, "contiguous"),
+    conv_point(CONV, 8, (64, 56, 64, 3, 1), 32, 3, "channels_last", activation="relu"),
+    conv_point(CONV, 32, (128, 28, 128, 3, 1), 32, 3, "contiguous"),
 ]
 WARM = {  # the same code on almost nothing, so that libraries are loaded before the measurement begins
     LINEAR: linear_point(LINEAR, 2, 8, 8, 2, 3),
-    CONV: conv_point(CONV, 1, 4, 4, 4, 3, 1, 2, 3, "contiguous"),
+    CONV: conv_point(CONV, 1, (4, 4, 4, 3, 1), 2, 3, "contiguous"),
 }
 # Freed blocks go back to the system at once, so that the resident memory follows what is in use.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}

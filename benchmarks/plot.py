@@ -50,9 +50,7 @@ def by_peer(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
         offsets = [line + 0.22 * ((7 * i) % 5 - 2) / 2 for i in range(len(values))]  # spread, the same on every run
         axes.plot(values, offsets, markersize=4.5, alpha=0.75, markeredgewidth=0.9, **style_of(ratio.peer))
         axes.plot([ratio.mean] * 2, [line - 0.38, line + 0.38], color="black", linewidth=1.6)
-        axes.annotate(
-            f"{ratio.mean:.2f}×", (1.01, line), xycoords=("axes fraction", "data"), va="center", fontsize=9
-        )
+        axes.annotate(f"{ratio.mean:.2f}×", (1.01, line), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(found)), [ratio.peer for ratio in found])
     axes.invert_yaxis()
     _finish(figure, axes, f"{title}\na dot is a shape, the bar and the figure are geometric means", path)
@@ -65,13 +63,15 @@ def by_shape(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     cases = list(dict.fromkeys(case for ratio in found for case in ratio.ratios))
     if not cases or len(cases) > NAMED:
         return False
-    figure, axes = _figure(1.5 + 0.34 * len(cases))
+    figure, axes = _figure(0.34 * len(cases))
     for ratio in found:
         lines = [cases.index(case) for case in ratio.ratios]
         axes.plot(list(ratio.ratios.values()), lines, markersize=6, label=ratio.peer, **style_of(ratio.peer))
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.9 / (0.34 * len(cases))), ncols=3, frameon=False, fontsize=9)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.35, -0.55 / (0.34 * len(cases))), ncols=3, frameon=False, fontsize=9
+    )
     _finish(figure, axes, title, path)
     return True
 
@@ -79,6 +79,7 @@ def by_shape(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
 def roofline(by_op: dict[str, Sequence[dict[str, Any]]], title: str, path: Path) -> bool:
     """Percent of the limit over intensity, one panel an op: packed, plain, and the best peer of the same function."""
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = {op: rows for op, rows in by_op.items() if any(row["percent"] for row in rows)}
     if not panels:
@@ -100,8 +101,14 @@ def roofline(by_op: dict[str, Sequence[dict[str, Any]]], title: str, path: Path)
             ("packed", [row for row in timed if row["candidate"] == "packed"], BLUE, "o"),
         ):
             points = [(float(row["intensity"]), float(row["percent"])) for row in members]
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), marker, color=colour, label=label, markersize=5)
-        axes.set(xscale="log", ylim=(0, 105), title=op)
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()), marker, color=colour, label=label, markersize=5
+            )
+        axes.set(xscale="log", ylim=(0, 105))
+        axes.set_title(op, fontsize=10)
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.axhline(100, color="black", linewidth=1)
         axes.grid(alpha=0.3)
     for axes in grid[:, 0]:

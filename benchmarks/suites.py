@@ -95,7 +95,7 @@ def suite(op: str, name: str) -> list[Point]:
 
 
 def _small_linear(op: str) -> list[Point]:
-    shapes = [
+    shapes: list[tuple[Any, ...]] = [
         (1, 1024, 1024, 64, {}),
         (1, 4096, 4096, 256, {"activation": "silu"}),
         (8, 768, 3072, 154, {"activation": "gelu"}),
@@ -119,7 +119,7 @@ def _small_conv(op: str) -> list[Point]:
         (8, (256, 14, 1024, 1, 1), 64, "channels_last", {}),
         (32, (64, 32, 64, 3, 1), 16, "contiguous", {}),
     ]
-    return [conv_point(op, b, *layer, r, 3, layout, **epilogue) for b, layer, r, layout, epilogue in shapes]
+    return [conv_point(op, b, layer, r, 3, layout, **epilogue) for b, layer, r, layout, epilogue in shapes]
 
 
 def _full_linear(op: str) -> list[Point]:
@@ -146,7 +146,7 @@ def _full_conv(op: str) -> list[Point]:
     points = []
     for layer, batch, share, h, epilogue, layout in all_pairs(factors, allowed):
         rank = max(1, int(share * min(layer[0], layer[2])))
-        points.append(conv_point(op, batch, *layer, rank, h, layout, **epilogue))
+        points.append(conv_point(op, batch, layer, rank, h, layout, **epilogue))
     return points
 
 
@@ -159,9 +159,10 @@ def linear_point(op: str, m: int, k: int, n: int, r: int, h: int, **epilogue: An
 
 
 def conv_point(
-    op: str, b: int, c: int, side: int, n: int, kernel: int, stride: int, r: int, h: int, layout: str, **epilogue: Any
+    op: str, b: int, layer: tuple[int, int, int, int, int], r: int, h: int, layout: str, **epilogue: Any
 ) -> Point:
-    """A convolution case named after its sizes; plain ops ignore `h`."""
+    """A convolution case named after its sizes, `layer` as in `LAYERS`; plain ops ignore `h`."""
+    c, side, n, kernel, stride = layer
     case = import_module(f"inherit_kernels.ops.{op}.cases").case
     heads = (h,) if "gated" in op else ()
     window = f"k{kernel}" + (f"s{stride}" if stride > 1 else "")

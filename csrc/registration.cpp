@@ -32,13 +32,15 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " bool need_gate_bias, bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight,"
       " Tensor d_gate_bias, Tensor d_bias)");
 
-  // x [B, C, Hi, Wi], down [R, C, kh, kw], up [N, R], bias [N], residual and y [B, N, Ho, Wo], t [B, R, Ho, Wo]; y and t
-  // in the memory format that the strides of x prefer
+  // x [B, C, Hi, Wi], down [R, C, kh, kw], up [N, R], bias [N], residual and y [B, N, Ho, Wo], t [B, R, Ho, Wo]; y and
+  // t in the memory format that the strides of x prefer
   m.def(
-      "lowrank_conv2d(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      "lowrank_conv2d(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int stride_w, "
+      "int padding_h, int padding_w,"
       " int dilation_h, int dilation_w, int activation) -> Tensor");
   m.def(
-      "lowrank_conv2d_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w,"
+      "lowrank_conv2d_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual, int stride_h, int "
+      "stride_w, int padding_h, int padding_w,"
       " int dilation_h, int dilation_w, int activation) -> (Tensor y, Tensor t)");
   m.def(
       "lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int rank, int out_channels, int kernel_h,"

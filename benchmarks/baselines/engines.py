@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.graphs import graph_of
+from benchmarks.baselines.graphs import element_of, graph_of
 from benchmarks.baselines.setting import Runner, Setting, Unavailable
 
 
@@ -53,8 +53,6 @@ def _graph(setting: Setting, tensors: dict[str, Tensor | None]) -> bytes:
 
 def _onnx_runtime(setting: Setting, tensors: dict[str, Tensor | None]) -> Runner:
     setting.inference_only("ONNX Runtime")
-    if setting.dtype != torch.float32:
-        raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 kernels for Gemm and Conv")
     model = _graph(setting, tensors)
     try:
         import onnxruntime
@@ -71,17 +69,16 @@ def _onnx_runtime(setting: Setting, tensors: dict[str, Tensor | None]) -> Runner
         raise Unavailable(f"ONNX Runtime: {str(refused).splitlines()[0]}") from None
     binding = session.io_binding()
     bound = _bound(setting)
+    element = element_of(setting.dtype)
     for name, value in bound.items():
-        binding.bind_cpu_input(name, value.numpy())
+        binding.bind_input(name, "cpu", 0, element, list(value.shape), value.data_ptr())
     y = torch.empty(setting.output_shape, dtype=setting.dtype)
-    name = session.get_outputs()[0].name
-    binding.bind_output(name, "cpu", 0, y.numpy().dtype, list(y.shape), y.data_ptr())
+    binding.bind_output(session.get_outputs()[0].name, "cpu", 0, element, list(y.shape), y.data_ptr())
 
-    def run() -> Tensor:
+    def run(kept: Any = bound) -> Tensor:  # the binding only points at the inputs: they live as long as this does
         session.run_with_iobinding(binding)
         return y
 
-    run.keep = bound  # type: ignore[attr-defined]  the binding only points at them
     return Runner(run, lambda value: (value.clone(),), note=f"onnxruntime {onnxruntime.__version__}")
 
 
@@ -110,19 +107,16 @@ def _openvino(setting: Setting, tensors: dict[str, Tensor | None]) -> Runner:
     bound = _bound(setting)
     for name, value in bound.items():
         request.set_tensor(name, _openvino_tensor(openvino, value, kind))
-    # The engine's own buffer, read in place; the cheaper of the two ways to run is the one without dictionaries.
-    output = request.get_output_tensor(0)
+    output = request.get_output_tensor(0)  # the engine's own buffer, read in place
 
-    def run() -> Any:
-        request.start_async()
-        request.wait()
+    def run(kept: Any = bound) -> Any:
+        request.infer(share_outputs=True)  # 13 µs around an empty graph; start_async and wait take 26
         return output
 
     def result(value: Any) -> tuple[Tensor, ...]:
         y = torch.frombuffer(bytearray(value.data.tobytes()), dtype=setting.dtype)
         return (y.view(setting.output_shape),)
 
-    run.keep = bound  # type: ignore[attr-defined]
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     return Runner(run, result, note=f"openvino {openvino.__version__.split('-')[0]}, computes in {precision}")
 

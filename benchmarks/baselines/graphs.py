@@ -15,13 +15,18 @@ from torch import Tensor
 OPSET = 20  # Gelu came with it
 
 
+def element_of(dtype: torch.dtype) -> int:
+    """The number of a dtype in ONNX."""
+    from onnx import TensorProto
+
+    return {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16}[dtype]
+
+
 class Graph:
     """Nodes and constants of one graph; every method adds a node and returns the name of its output."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from onnx import TensorProto
-
-        self.element = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16}[dtype]
+        self.element = element_of(dtype)
         self.dtype = dtype
         self.nodes: list[Any] = []
         self.constants: list[Any] = []

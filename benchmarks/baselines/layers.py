@@ -36,7 +36,8 @@ class Epilogue(nn.Module):
 
 def Pair(setting: Setting) -> nn.Module:
     """Two `nn.Linear`, or two `nn.Conv2d`, the second 1×1."""
-    down, up = setting.inputs["down"], setting.inputs["up"]
+    down: Any = setting.inputs["down"]
+    up: Any = setting.inputs["up"]
     if setting.is_conv:
         up = up[:, :, None, None]
     second = _layer(up, setting.inputs["bias"], {} if setting.is_conv else None)

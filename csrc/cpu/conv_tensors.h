@@ -98,7 +98,8 @@ inline ConvShape conv_shape(const Tensor& x, const ConvWeights& w, int64_t heads
     s.stride[d] = g.stride[d];
     s.padding[d] = g.padding[d];
     s.dilation[d] = g.dilation[d];
-    STD_TORCH_CHECK(g.stride[d] >= 1 && g.padding[d] >= 0 && g.dilation[d] >= 1, "stride, padding, dilation: too small");
+    STD_TORCH_CHECK(g.stride[d] >= 1 && g.padding[d] >= 0 && g.dilation[d] >= 1,
+                    "stride, padding, dilation: too small");
     int64_t room = sizes[d] + 2 * g.padding[d] - g.dilation[d] * (w.kernel[d] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "x: smaller than the kernel");
     outputs[d] = room / g.stride[d] + 1;

@@ -28,8 +28,8 @@ Tensor lowrank_conv2d_packed(Tensor x, Tensor panels_down, Tensor panels_up, int
   return conv_call(x, weights, std::nullopt, bias, residual, geometry, activation, false).y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_conv2d_backward(Tensor dz, Tensor x, Tensor t, Tensor down, Tensor up,
-                                                                   int64_t stride_h, int64_t stride_w,
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_conv2d_backward(Tensor dz, Tensor x, Tensor t, Tensor down,
+                                                                   Tensor up, int64_t stride_h, int64_t stride_w,
                                                                    int64_t padding_h, int64_t padding_w,
                                                                    int64_t dilation_h, int64_t dilation_w, bool need_dx,
                                                                    bool need_down, bool need_up, bool need_bias) {

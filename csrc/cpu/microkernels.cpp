@@ -279,9 +279,18 @@ void load(MatrixView x, int64_t i0, int64_t rows, int64_t d0, int64_t depth, flo
 
 // ---- epilogues
 
+// Whole vectors without a residual: most tiles.
+template <Activation kind, class T>
+void finish_whole(const float* c, int64_t ldc, int64_t rows, int64_t cols, T* out, int64_t ldo) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kLanes) store_vec(out + i * ldo + j, activate<kind>(load_vec(c + i * ldc + j)));
+  }
+}
+
 template <Activation kind, class T>
 void finish_typed(const float* c, int64_t ldc, int64_t rows, int64_t cols, const T* residual, int64_t row, int64_t col,
                   T* out, int64_t ldo) {
+  if (!residual && cols % kLanes == 0) return finish_whole<kind>(c, ldc, rows, cols, out, ldo);
   for (int64_t i = 0; i < rows; ++i) {
     const float* c_row = c + i * ldc;
     const T* r_row = residual ? residual + i * row : nullptr;

@@ -28,9 +28,11 @@ MACHINE = Roofline(
 SMALL = {
     "lowrank_linear": suites.linear_point("lowrank_linear", 5, 24, 40, 6, 1, residual=True, activation="relu"),
     "gated_lowrank_linear": suites.linear_point("gated_lowrank_linear", 5, 24, 40, 6, 3, activation="gelu"),
-    "lowrank_conv2d": suites.conv_point("lowrank_conv2d", 2, 8, 9, 12, 3, 2, 4, 1, "channels_last", activation="silu"),
+    "lowrank_conv2d": suites.conv_point(
+        "lowrank_conv2d", 2, (8, 9, 12, 3, 2), 4, 1, "channels_last", activation="silu"
+    ),
     "gated_lowrank_conv2d": suites.conv_point(
-        "gated_lowrank_conv2d", 2, 8, 9, 12, 3, 1, 4, 3, "contiguous", residual=True
+        "gated_lowrank_conv2d", 2, (8, 9, 12, 3, 1), 4, 3, "contiguous", residual=True
     ),
 }
 
@@ -261,7 +263,11 @@ def test_summary_names_a_limit_that_was_beaten():
 
 
 def test_only_the_newest_run_of_a_case_counts():
-    rows = [row("a", us=1.0, time="2026-01-01"), row("a", us=2.0, time="2026-01-02"), row("b", us=3.0, time="2026-01-01")]
+    rows = [
+        row("a", us=1.0, time="2026-01-01"),
+        row("a", us=2.0, time="2026-01-02"),
+        row("b", us=3.0, time="2026-01-01"),
+    ]
     assert [found["us_p50"] for found in summary.newest(rows)] == [2.0, 3.0]
 
 
@@ -272,7 +278,9 @@ def test_pictures_are_drawn(tmp_path):
     matplotlib.use("Agg")
     from benchmarks import plot
 
-    rows = [row(case, name, us, intensity=7.0) for case in "ab" for name, us in (("packed", 10.0), ("eager pair", 30.0))]
+    rows = [
+        row(case, name, us, intensity=7.0) for case in "ab" for name, us in (("packed", 10.0), ("eager pair", 30.0))
+    ]
     for draw in (plot.by_peer, plot.by_shape):
         assert draw(rows, "title", tmp_path / f"{draw.__name__}.png")
     assert plot.roofline({"lowrank_linear": rows}, "title", tmp_path / "roofline.png")

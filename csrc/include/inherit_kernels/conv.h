@@ -1,6 +1,7 @@
-// y = act(up t + bias + residual), t = conv2d(x, down): the forward pass of lowrank_conv2d, and of gated_lowrank_conv2d,
-// where per image s = mean of t over its positions, g = softmax(s gate^T + gate_bias), up = sum_h g_h up_h and
-// bias = sum_h g_h bias_h: the heads are mixed in the weights, so that an image costs one product whatever their number.
+// y = act(up t + bias + residual), t = conv2d(x, down): the forward pass of lowrank_conv2d, and of
+// gated_lowrank_conv2d, where per image s = mean of t over its positions, g = softmax(s gate^T + gate_bias), up = sum_h
+// g_h up_h and bias = sum_h g_h bias_h: the heads are mixed in the weights, so that an image costs one product whatever
+// their number.
 //
 // The first stage is a product whose rows are gathered: every output position has one pointer per tap of the window,
 // to the channels of a pixel, side by side. Where x is not laid out so (channels first, bfloat16), the pixels of a few
@@ -35,8 +36,8 @@ struct DownView {
 struct ConvForward {
   ConvShape shape;
   ImagesView x;
-  DownView down;  // unless packed
-  HeadsView up;   // [heads, out, rank], unless packed
+  DownView down;                            // unless packed
+  HeadsView up;                             // [heads, out, rank], unless packed
   const float *down_panels, *up_panels;     // null: not packed
   MatrixView gate_weight, gate_bias, bias;  // as in LinearForward; no gate_weight: the plain op
   ImagesView residual;                      // may be absent
@@ -394,8 +395,8 @@ inline void gated_conv(const Runtime& runtime, const ConvForward& f, const float
     int64_t part = k.nr * std::max<int64_t>(1, 16384 / (s.rank * k.nr)), parts = ceil_div(gate.out_width, part);
     parallel(runtime, parts * up_blocks.count, work * s.out, [&](int64_t begin, int64_t end) {
       UpStage second(k, f, up_blocks.size);
-      MixedPanels mixed(k, up, s.heads, gate.out_width, s.out, s.rank,
-                        gate.has_bias ? gate.bias_rows.get() : nullptr, part);
+      MixedPanels mixed(k, up, s.heads, gate.out_width, s.out, s.rank, gate.has_bias ? gate.bias_rows.get() : nullptr,
+                        part);
       for (int64_t task = begin; task < end; ++task) {
         int64_t block = task % up_blocks.count, q = up_blocks.first(block), b = q / positions;
         UpPanels columns = mixed.select(b, task / up_blocks.count, g.get() + b * ldg);

@@ -1,8 +1,8 @@
 // The backward pass of a convolution t = conv2d(x, down), for a narrow t that lies channels last in float32:
 // dx[i] = sum over the windows that pixel i is in of dt[p] down[tap], and d_down[tap] = sum_p dt[p]^T x[pixel(p, tap)].
 //
-// Both gather pixels as the forward pass does. With strides the pixels of dx fall into classes by their remainder; those
-// of a class are in the same taps' windows, so that each class is a convolution of dt with stride 1.
+// Both gather pixels as the forward pass does. With strides the pixels of dx fall into classes by their remainder;
+// those of a class are in the same taps' windows, so that each class is a convolution of dt with stride 1.
 #pragma once
 
 #include <cstring>

@@ -153,8 +153,8 @@ void columns(const ColumnsProduct& p, const Epilogue& e) {
         }
         float c[kRows * kPanel];
         for (int64_t d = 0; d < p.depth; d += kPanelDepth) {
-          tile(w + i + d * kPanel, min64(kPanelDepth, p.depth - d), t + d * kPanel, d ? nullptr : bias,
-               d ? c : nullptr, kPanel, c, kPanel, false);
+          tile(w + i + d * kPanel, min64(kPanelDepth, p.depth - d), t + d * kPanel, d ? nullptr : bias, d ? c : nullptr,
+               kPanel, c, kPanel, false);
         }
         MatrixView residual = e.residual;
         if (residual.data) {

@@ -132,8 +132,8 @@ struct Kernels {
   // c[i, j] += sum_p a[p * lda + i] rows[p][first + j] for i < cols, j < panels * nr.
   void (*outer)(const float* a, int64_t lda, int64_t cols, const float* const* rows, int64_t first, int64_t count,
                 int64_t panels, float* c, int64_t ldc);
-  // One panel of a convolution's weight: dst[(k * channels + c) * nr + j] = w[j, c, k] for j < count, zero for the rest.
-  // w[j] begins at j * row and is [channels, taps] if taps_inner, else [taps, channels].
+  // One panel of a convolution's weight: dst[(k * channels + c) * nr + j] = w[j, c, k] for j < count, zero for the
+  // rest. w[j] begins at j * row and is [channels, taps] if taps_inner, else [taps, channels].
   void (*pack_taps)(const void* w, Dtype dtype, int64_t row, int64_t count, int64_t channels, int64_t taps,
                     bool taps_inner, float* dst);
 };

@@ -100,7 +100,8 @@ inline void multiply_finish_panels(const Kernels& k, Rows a, int64_t rows, Panel
   int64_t block = depth_block(w.depth), b_panel = panel_elements(k, w.dtype, w.depth), ldc = kFinishGroup * k.nr;
   const float* start = bias;  // or the residual begins the sum where it can
   int64_t ld_start = bias ? 0 : e.residual.row_stride;
-  if (!bias && e.residual.data && e.residual.dtype == Dtype::kFloat32 && e.residual.col_stride == 1 && e.cols % k.nr == 0) {
+  if (!bias && e.residual.data && e.residual.dtype == Dtype::kFloat32 && e.residual.col_stride == 1 &&
+      e.cols % k.nr == 0) {
     start = static_cast<const float*>(e.residual.data);
     e.residual.data = nullptr;
   }

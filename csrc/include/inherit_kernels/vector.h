@@ -145,59 +145,63 @@ inline float to_float(uint16_t x) {
   return value;
 }
 
-// exp(x) within 1.1 ulp. x = n log 2 + r, exp(r) = 1 + r + r^2 q(r) with q a minimax fit on |r| <= 0.348; the scale
-// 2^n goes in as two factors, so that overflow gives infinity and underflow passes through the denormals.
-inline Vec exp_vec(Vec x) {
-  x = x < -104.0f ? broadcast(-104.0f) : x;
-  x = x > 89.0f ? broadcast(89.0f) : x;
+// exp(x) = 2^k p within 1.1 ulp, for x of a magnitude below 128: x = k log 2 + r, p = 1 + r + r^2 q(r) with q a minimax
+// fit on |r| <= 0.348, evaluated as a tree: in a chain the processor waits for each term.
+struct Exponential {
+  Ints k;
+  Vec p;
+};
+
+inline Exponential exponential(Vec x) {
   const float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
   Vec shifted = x * 1.44269504f + kMagic;
   Vec n = shifted - kMagic;
   Vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Vec q = broadcast(0x1.6a2174p-10f);
-  q = q * r + 0x1.123b8ap-7f;
-  q = q * r + 0x1.5558fcp-5f;
-  q = q * r + 0x1.555490p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  Vec p = (q * r) * r + r + 1.0f;
-  Ints k = (Ints)((UInts)shifted - 0x4b400000u);
-  Ints half = k >> 1;
-  Vec low = (Vec)(((UInts)half + 127u) << 23);
-  Vec high = (Vec)(((UInts)(k - half) + 127u) << 23);
-  return p * low * high;
+  Vec r2 = r * r;
+  Vec q = (r2 * 0x1.6a2174p-10f + (r * 0x1.123b8ap-7f + 0x1.5558fcp-5f)) * r2 + (r * 0x1.555490p-3f + 0x1.fffffcp-2f);
+  return {(Ints)((UInts)shifted - 0x4b400000u), q * r2 + r + 1.0f};
 }
 
-// erf(x) within 1.2 ulp: x + x q(x^2) up to 0.9; beyond, 1 - exp(x q(x)) with x q(x) a fit of log erfc.
-inline Vec erf_vec(Vec x) {
-  Vec s = x * x;
-  Vec a = x < 0.0f ? -x : x;
-  Vec q = broadcast(8.513102511642501e-05f);
-  q = q * s - 8.175639086402953e-04f;
-  q = q * s + 5.203858949244022e-03f;
-  q = q * s - 2.686050906777382e-02f;
-  q = q * s + 1.128371506929398e-01f;
-  q = q * s - 3.761263489723206e-01f;
-  q = q * s + 1.283791661262512e-01f;
-  Vec small = q * x + x;
-  a = a > 4.0f ? broadcast(4.0f) : a;  // erf(4) rounds to 1
-  Vec l = broadcast(-9.584914550941903e-06f);
-  l = l * a + 3.064916818402708e-04f;
-  l = l * a - 3.576859366148710e-03f;
-  l = l * a + 2.362495101988316e-02f;
-  l = l * a - 1.060797050595284e-01f;
-  l = l * a - 6.352450847625732e-01f;
-  l = l * a - 1.128625750541687e+00f;
-  Vec large = 1.0f - exp_vec(l * a);
-  large = x < 0.0f ? -large : large;
-  return a < 0.9f ? small : large;
+inline Vec power_of_two(Ints k) {
+  return (Vec)(((UInts)k + 127u) << 23);
+}
+
+// The scale goes in as two factors, so that overflow gives infinity and underflow passes through the denormals.
+inline Vec exp_vec(Vec x) {
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  Exponential e = exponential(x);
+  Ints half = e.k >> 1;
+  return e.p * power_of_two(half) * power_of_two(e.k - half);
+}
+
+// For x <= 0; zero below exp(-87).
+inline Vec exp_negative(Vec x) {
+  Exponential e = exponential(x);
+  return x < -87.0f ? Vec{} : e.p * power_of_two(e.k);
+}
+
+// erfc(a) / 2 for a >= 0 within 0.5 epsilon, absolutely: exp of a fit of log erfc up to 4 (9 terms, weighted by erfc),
+// continued by -a^2. One polynomial and one exp, without a division or a second branch for erf.
+inline Vec half_erfc(Vec a) {
+  Vec m = a > 4.0f ? broadcast(4.0f) : a;
+  Vec m3 = m * m * m;
+  Vec low = (m * -1.028396529367602e-01f - 6.366089848716083e-01f) * m - 1.128379742651912e+00f;
+  Vec middle = (m * -1.449473975053073e-03f - 9.652159850087605e-05f) * m + 1.932501978914841e-02f;
+  Vec high = (m * 6.606811497167353e-06f - 9.157101063950179e-05f) * m + 5.287938801874226e-04f;
+  Vec l = (high * m3 + middle) * m3 + low;
+  return 0.5f * exp_negative(l * m - (a * a - m * m));
 }
 
 // NaN must survive: every selection keeps x where the comparison is false.
 template <Activation kind>
 inline Vec activate(Vec x) {
   if (kind == Activation::kRelu) return x < 0.0f ? Vec{} : x;
-  if (kind == Activation::kGelu) return x * 0.5f * (1.0f + erf_vec(x * 0.707106781f));
+  if (kind == Activation::kGelu) {
+    Vec scaled = x * 0.707106781f, tail = half_erfc((Vec)((UInts)scaled & 0x7fffffffu));
+    return x * (x < 0.0f ? tail : 1.0f - tail);
+  }
   // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)): no cancellation for negative u.
   if (kind == Activation::kGeluTanh) {
     return x / (1.0f + exp_vec(x * (-1.595769122f - 7.135481283e-2f * (x * x))));

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.conv import (
     Pair,
-    as_rows,
     first_stage,
     first_stage_backward,
     in_format,
@@ -60,9 +60,11 @@ def backward(
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     need_x, need_down, need_up, need_bias = needs
-    dx = d_down = None
-    if need_x or need_down:
-        dt = F.conv2d(dz, up.t()[:, :, None, None])
-        dx, d_down = first_stage_backward(dt, x, down, (stride, padding, dilation), need_x, need_down)
-    d_up = as_rows(dz).flatten(0, 1).t() @ as_rows(t).flatten(0, 1) if need_up else None
-    return dx, d_down, d_up, dz.sum((0, 2, 3)) if need_bias else None
+    # torch's own second stage: one long matrix product for d_up errs up to 42 % beyond twice its error (8,192 positions).
+    once, none = (1, 1), (0, 0)
+    wanted = (need_x or need_down, need_up, need_bias)
+    dt, d_up, d_bias = torch.ops.aten.convolution_backward(
+        dz, t, up[:, :, None, None], [up.shape[0]], once, none, once, False, none, 1, wanted
+    )
+    dx, d_down = first_stage_backward(dt, x, down, (stride, padding, dilation), need_x, need_down)
+    return dx, d_down, d_up.flatten(1) if need_up else None, d_bias
