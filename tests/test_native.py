@@ -11,6 +11,7 @@ the convolution's mixing dropped, its mean's gradient not divided, a read one el
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from inherit_kernels import _native
+from inherit_kernels.common.conv import first_stage, memory_format_of, output_size
 from inherit_kernels.testing.accuracy import assert_within
 
 if not _native.load():
@@ -81,10 +83,16 @@ def linear(x, down, up, gate_weight, gate_bias, bias, residual, activation=0):
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
-def mix(t, up, gate_weight, gate_bias, bias, residual, activation=0):
-    g = torch.softmax(F.linear(t.mean((2, 3)), gate_weight, gate_bias), -1)
-    y = torch.einsum("bnr,brij->bnij", torch.einsum("bh,hnr->bnr", g, up), t)
-    y = y if bias is None else y + (g @ bias)[:, :, None, None]
+def conv(x, down, up, gate_weight, gate_bias, bias, residual, geometry, activation=0):
+    """The definition, plain where there is no gate; the heads merged."""
+    t = first_stage(x, down, *geometry)
+    if gate_weight is None:
+        y = torch.einsum("nr,brij->bnij", up, t)
+        y = y if bias is None else y + bias[:, None, None]
+    else:
+        g = torch.softmax(F.linear(t.mean((2, 3)), gate_weight, gate_bias), -1)
+        y = torch.einsum("bnr,brij->bnij", torch.einsum("bh,hnr->bnr", g, up), t)
+        y = y if bias is None else y + (g @ bias)[:, :, None, None]
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
@@ -221,45 +229,139 @@ def test_only_the_needed_gradients_are_returned(gated):
             assert torch.equal(v, every[j]) if i == j else v.shape == (0,)
 
 
+# B, C, (Hi, Wi), R, N, H, kernel, (stride, padding, dilation)
 CONVOLUTIONS = [
-    (1, 5, 7, 2, 5, 7),
-    (3, 16, 33, 3, 8, 8),
-    (2, 1, 1, 1, 1, 1),
-    (4, 33, 65, 4, 23, 29),
-    (0, 3, 4, 2, 5, 5),
+    (2, 1, (1, 1), 1, 1, 1, (1, 1), ((1, 1), (0, 0), (1, 1))),
+    (3, 16, (8, 8), 16, 33, 3, (3, 3), ((1, 1), (1, 1), (1, 1))),
+    (1, 5, (23, 29), 33, 65, 4, (3, 2), ((2, 1), (1, 0), (1, 2))),
+    (2, 70, (12, 9), 7, 16, 2, (5, 3), ((1, 2), (2, 1), (2, 1))),
+    (2, 300, (5, 5), 20, 9, 3, (1, 1), ((2, 2), (0, 0), (1, 1))),
+    (0, 3, (5, 5), 4, 6, 2, (3, 3), ((1, 1), (1, 1), (1, 1))),
+    (2, 3, (17, 18), 8, 300, 3, (7, 7), ((2, 2), (3, 3), (1, 1))),
 ]
-CONVOLUTIONS += [(2, 8, 6, 3, 7, 7), (1, 3, 300, 2, 9, 9)]
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def conv_inputs(sizes, dtype, gated, full):
+    b, c, size, r, n, h, kernel, geometry = sizes
+    positions = output_size(size, kernel, *geometry)
+    heads = (h,) if gated else ()
+    return [
+        random(b, c, *size, dtype=dtype),
+        random(r, c, *kernel, dtype=dtype, scale=(c * kernel[0] * kernel[1]) ** -0.5),
+        random(*heads, n, r, dtype=dtype, scale=r**-0.5),
+        random(h, r, dtype=dtype, scale=2.0) if gated else None,
+        random(h, dtype=dtype) if gated and full else None,
+        random(*heads, n, dtype=dtype) if full else None,
+        random(b, n, *positions, dtype=dtype) if full else None,
+    ]
+
+
+def conv_call(inputs, geometry, activation=0, form=""):
+    """The native op; `form` is "", "_saving" or "_packed"."""
+    x, down, up, gate_weight, gate_bias, bias, residual = inputs
+    op = getattr(ops, ("lowrank_conv2d" if gate_weight is None else "gated_lowrank_conv2d") + form)
+    gate = () if gate_weight is None else (gate_weight, gate_bias)
+    weights = (down, up)
+    if form == "_packed":
+        weights = (*ops.pack_conv2d(down, up), down.shape[0], up.shape[-2], *down.shape[2:])
+    return op(x, *weights, *gate, bias, residual, *(i for pair in geometry for i in pair), activation)
+
+
+def conv_backward(dz, t, inputs, geometry, needs=None):
+    x, down, up, gate_weight, gate_bias, bias, _ = inputs
+    numbers = [i for pair in geometry for i in pair]
+    if gate_weight is None:
+        return ops.lowrank_conv2d_backward(dz, x, t, down, up, *numbers, *(needs or [True] * 4))
+    weights = (down, up, gate_weight, gate_bias, bias)
+    return ops.gated_lowrank_conv2d_backward(dz, x, t, *weights, *numbers, *(needs or [True] * 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("full", (False, True))
+@pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("sizes", CONVOLUTIONS)
-def test_convolution_mix(sizes, full, dtype):
-    b, r, n, h, height, width = sizes
-    t, up = random(b, r, height, width, dtype=dtype), random(h, n, r, dtype=dtype, scale=r**-0.5)
-    gate_weight = random(h, r, dtype=dtype, scale=2.0)
-    gate_bias, bias = (random(h, dtype=dtype), random(h, n, dtype=dtype)) if full else (None, None)
-    residual = random(b, n, height, width, dtype=dtype) if full else None
-    dz = random(b, n, height, width, dtype=dtype)
-    weights = [up, gate_weight, gate_bias, bias]
-    for form in (torch.contiguous_format, torch.channels_last):
-        last = form is torch.channels_last
-        laid = t.contiguous(memory_format=form)
+def test_convolution(sizes, gated, full, dtype):
+    geometry = sizes[-1]
+    inputs = conv_inputs(sizes, dtype, gated, full)
+    for form in FORMATS:
+        laid = [v.contiguous(memory_format=form) if v is not None and v.dim() == 4 else v for v in inputs]
         for activation in range(5) if full else (0,):
-            inputs = [t, *weights, residual]
-            y = ops.gated_lowrank_conv2d_mix(laid, *weights, residual, activation, not last)
-            check("mix across formats", [y], lambda *v, a=activation: mix(*v, a), inputs)
-            assert y.is_contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
-            y = ops.gated_lowrank_conv2d_mix(strided(t), *map(strided, weights), strided(residual), activation, last)
-            check("mix strided", [y], lambda *v, a=activation: mix(*v, a), inputs)
-        for gradient in (dz, dz.contiguous(memory_format=torch.channels_last), strided(dz)):
-            got = ops.gated_lowrank_conv2d_mix_backward(gradient, laid, *weights, *[True] * 4)
-            assert b == 0 or got[0].stride() == laid.stride() or 1 in (r, height * width)
-            given = [v for v, w in zip(got, [t, *weights], strict=True) if w is not None]
-            if b > 0:
-                check("mix backward", given, lambda *v: mix(*v, None), [t, *weights], dz)
-            else:
-                assert all(not bool(v.any()) for v in given)
+            for kind in ("", "_packed"):
+                y = conv_call(laid, geometry, activation, kind)
+                check(f"conv{kind}", [y], lambda *v, a=activation: conv(*v, geometry, a), inputs)
+                assert y.is_contiguous(memory_format=memory_format_of(laid[0]))
+        odd = [strided(v) for v in laid]
+        check("conv strided", [conv_call(odd, geometry, 2)], lambda *v: conv(*v, geometry, 2), inputs)
+        y, t = conv_call(laid, geometry, 0, "_saving")
+        check("conv saving", [y], lambda *v: conv(*v, geometry), inputs)
+        check("conv t", [t], lambda x, down: first_stage(x, down, *geometry), inputs[:2])
+        assert t.stride() == first_stage(*laid[:2], *geometry).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", (False, True))
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("sizes", CONVOLUTIONS)
+def test_convolution_backward(sizes, gated, full, dtype):
+    geometry = sizes[-1]
+    inputs = conv_inputs(sizes, dtype, gated, full)
+    _, t = conv_call(inputs, geometry, 0, "_saving")
+    dz = random(t.shape[0], inputs[2].shape[-2], *t.shape[2:], dtype=dtype)
+    given = [inputs[i] is not None for i in ((0, 1, 2, 3, 4, 5) if gated else (0, 1, 2, 5))]
+    for form in (*FORMATS, None):
+        laid = [strided(v) if form is None else v for v in inputs]
+        laid = [v.contiguous(memory_format=form) if form and v is not None and v.dim() == 4 else v for v in laid]
+        got = conv_backward(strided(dz) if form is None else dz.contiguous(memory_format=form), t, laid, geometry)
+        got = [v for v, there in zip(got, given, strict=True) if there]
+        if dz.numel() > 0:
+            check("conv backward", got, lambda *v: conv(*v, None, geometry), inputs[:6], dz)
+        else:
+            assert all(not bool(v.any()) for v in got)
+        if form:
+            assert got[0].is_contiguous(memory_format=memory_format_of(laid[0]))
+    every = conv_backward(dz, t, inputs, geometry)
+    for i in range(len(every)):
+        one = conv_backward(dz, t, inputs, geometry, [j == i and given[j] for j in range(len(every))])
+        for j, v in enumerate(one):
+            assert torch.equal(v, every[j]) if i == j and given[j] else v.shape == (0,)
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("form", FORMATS)
+def test_convolution_keeps_nan_and_infinity_where_they_belong(form, gated):
+    sizes = (3, 5, (9, 9), 4, 6, 2, (3, 3), ((1, 1), (1, 1), (1, 1)))
+    inputs = conv_inputs(sizes, torch.float32, gated, True)
+    inputs[0] = inputs[0].contiguous(memory_format=form)
+    clean = conv_call(inputs, sizes[-1])
+    for value in (math.nan, math.inf):
+        spoiled = [inputs[0].clone(memory_format=torch.preserve_format), *inputs[1:]]
+        spoiled[0][1, 2, 4, 4] = value
+        y = conv_call(spoiled, sizes[-1])
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+        touched = torch.zeros(9, 9, dtype=torch.bool)
+        touched[3:6, 3:6] = True
+        assert not bool(y[1][:, touched].isfinite().any())
+        assert gated == (not bool(y[1][:, ~touched].isfinite().any()))  # the gate's mean sees every position
+        assert gated or torch.equal(y[1][:, ~touched], clean[1][:, ~touched])
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("size", ((4, 4), (23, 17)))
+def test_convolution_repeats_and_does_not_depend_on_neighbours(size, form, gated):
+    sizes = (40, 32, size, 7, 40, 3, (3, 3), ((1, 1), (1, 1), (1, 1)))
+    inputs = conv_inputs(sizes, torch.float32, gated, True)
+    inputs[0], inputs[6] = (inputs[i].contiguous(memory_format=form) for i in (0, 6))
+    y, t = conv_call(inputs, sizes[-1], 0, "_saving")
+    dz = random(*y.shape)
+    first = [y, t, *conv_backward(dz, t, inputs, sizes[-1])]
+    again = [*conv_call(inputs, sizes[-1], 0, "_saving"), *conv_backward(dz, t, inputs, sizes[-1])]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    order = torch.randperm(40)[:17]
+    some = [inputs[0][order].contiguous(memory_format=form), *inputs[1:6], inputs[6][order]]
+    assert torch.equal(conv_call(some, sizes[-1]), y[order])
+    assert torch.equal(conv_backward(dz[order], t[order], some, sizes[-1])[0], first[2][order])
 
 
 @pytest.mark.parametrize("rows", (2, 30, 100))
@@ -332,9 +434,13 @@ def test_threads_do_not_change_a_bit():
                 inputs = linear_inputs(rows, sizes, torch.float32, True, True)
                 y, t = forward(inputs, saving=True)
                 found += [y, t, *backward(random(rows, sizes[2]), t, inputs)]
-            t, up, gate = random(5, 9, 40, 40), random(3, 30, 9), random(3, 9)
-            found.append(ops.gated_lowrank_conv2d_mix(t, up, gate, None, None, None, 0, False))
-            found += ops.gated_lowrank_conv2d_mix_backward(random(5, 30, 40, 40), t, up, gate, None, None, *[True] * 4)
+            for batch, form in itertools.product((1, 5), FORMATS):
+                for gated in (False, True):
+                    sizes = (batch, 20, (40, 30), 9, 50, 3, (3, 3), ((1, 2), (1, 1), (1, 1)))
+                    inputs = conv_inputs(sizes, torch.float32, gated, True)
+                    inputs[0] = inputs[0].contiguous(memory_format=form)
+                    y, t = conv_call(inputs, sizes[-1], 0, "_saving")
+                    found += [y, t, *conv_backward(random(*y.shape), t, inputs, sizes[-1])]
             results.append(found)
     finally:
         torch.set_num_threads(threads)
@@ -367,6 +473,7 @@ def test_panels_hold_the_weight_and_zeros():
 
 def test_wrong_arguments_raise():
     x, down, up, gate = random(3, 8), random(2, 8), random(5, 2), random(4, 2)
+    images, filters, unit = random(2, 3, 4, 4), random(2, 3, 3, 3), ((1, 1), (0, 0), (1, 1))
     for call in (
         lambda: ops.lowrank_linear(x, random(2, 7), up, None, None, 0),
         lambda: ops.lowrank_linear(x, down, random(5, 3), None, None, 0),
@@ -382,7 +489,16 @@ def test_wrong_arguments_raise():
         lambda: ops.pack_panels(up, random(4)),
         lambda: ops.gated_lowrank_linear(x, down, up, gate, None, None, None, 0),
         lambda: ops.gated_lowrank_linear(x, down, random(3, 5, 2), gate, None, None, None, 0),
-        lambda: ops.gated_lowrank_conv2d_mix(random(2, 3, 4, 4), random(4, 5, 2), gate, None, None, None, 0, False),
+        lambda: conv_call([images, filters, random(5, 3), *[None] * 4], unit),
+        lambda: conv_call([images, random(2, 4, 3, 3), random(5, 2), *[None] * 4], unit),
+        lambda: conv_call([images, random(2, 3, 5, 3), random(5, 2), *[None] * 4], unit),
+        lambda: conv_call([images[0], filters, random(5, 2), *[None] * 4], unit),
+        lambda: conv_call([images, filters, random(5, 2), None, None, random(4), None], unit),
+        lambda: conv_call([images, filters, random(5, 2), None, None, None, random(2, 5, 4, 4)], unit),
+        lambda: conv_call([images, filters, random(5, 2), *[None] * 4], ((0, 1), (0, 0), (1, 1))),
+        lambda: conv_call([images, filters, random(5, 2), *[None] * 4], ((1, 1), (0, -1), (1, 1))),
+        lambda: conv_call([images, filters, random(4, 5, 2), random(3, 2), None, None, None], unit),
+        lambda: conv_call([images, filters.bfloat16(), random(5, 2), *[None] * 4], unit),
     ):
         with pytest.raises(RuntimeError):
             call()
@@ -449,15 +565,17 @@ def test_under_sanitizers(level, tmp_path):
     }[level]
     common = [compiler, "-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     common += ["-DINHERIT_KERNELS_POISON", "-DINHERIT_KERNELS_ISA=under_test", f"-I{ROOT}/csrc/include"]
-    kernels, program = tmp_path / "kernels.o", tmp_path / "program"
-    build = [
-        [*common, *flags, "-c", f"{ROOT}/csrc/cpu/microkernels.cpp", "-o", f"{kernels}"],
-        [*common, f"{ROOT}/tests/native/sanitize_kernels.cpp", f"{kernels}", "-pthread", "-o", f"{program}"],
+    kernels, programs = tmp_path / "kernels.o", [tmp_path / "sanitize_kernels", tmp_path / "sanitize_conv"]
+    build = [[*common, *flags, "-c", f"{ROOT}/csrc/cpu/microkernels.cpp", "-o", f"{kernels}"]]
+    build += [
+        [*common, f"{ROOT}/tests/native/{program.name}.cpp", f"{kernels}", "-pthread", "-o", f"{program}"]
+        for program in programs
     ]
     for command in build:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode and "fsanitize" in done.stderr:
             pytest.skip(f"no sanitizer looked at the kernels: {done.stderr.splitlines()[0]}")
         assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    for program in programs:
+        done = subprocess.run([str(program)], capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
