@@ -5,8 +5,9 @@ kernels run without torch under the address and undefined-behaviour sanitizers.
 
 Seen failing, each by one edit of csrc: the depth tail of a dot product dropped, bias added twice, one head's gate taken
 for another's, `relu` written as `x > 0 ? x : 0` (NaN lost), a chunk's sums overwriting the previous chunk's, the last
-column of a ragged panel not stored, a residual read with y's strides, a softmax with another row's maximum, the bias of
-the convolution's mixing dropped, its mean's gradient not divided, a read one element past a row (sanitizer).
+column of a ragged panel not stored, a residual read with y's strides, a softmax with another row's maximum, a
+window reaching one pixel past the image's edge, every block of positions taken for the first, a strided gradient with
+the wrong dilation, a run of a sum not added to the last, a read one element past a row (sanitizer).
 """
 
 from __future__ import annotations
