@@ -8,7 +8,6 @@ namespace {
 template <int kM>
 void gather_tile(const GatherProduct& p, int64_t i, const float* b, float* c, int64_t ldc) {
   Sums<kM, 1> sums;
-  sums.start(nullptr, 0);
   for (int64_t tap = 0; tap < p.taps; ++tap) {
     const float* row[kM];
 #pragma GCC unroll 16
@@ -27,15 +26,7 @@ void gather_tile(const GatherProduct& p, int64_t i, const float* b, float* c, in
       }
     }
   }
-  // Added at the end, not begun with: a run's own sum loses less (2 times less over 1024 depths).
-#pragma GCC unroll 16
-  for (int m = 0; m < kM; ++m) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) {
-      if (p.accumulate) sums.v[m][j] += load_vec(c + m * ldc + j * kLanes);
-    }
-  }
-  sums.store(c, ldc, false);
+  sums.store(p.accumulate ? c : nullptr, ldc, c, ldc, false);
 }
 
 // c [kM outputs, one panel of positions]; the outputs lie side by side in `w`.
@@ -43,7 +34,6 @@ template <int kM>
 void columns_tile(const float* w, int64_t depth, const float* t, const float* bias, const float* init, int64_t ld_init,
                   float* c, int64_t ldc, bool relu) {
   Sums<kM, 1> sums;
-  sums.start(init, ld_init);
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
@@ -63,7 +53,7 @@ void columns_tile(const float* w, int64_t depth, const float* t, const float* bi
       for (int j = 0; j < kWide; ++j) sums.v[m][j] += value * column[j];
     }
   }
-  sums.store(c, ldc, relu);
+  sums.store(init, ld_init, c, ldc, relu);
 }
 
 // c [kM columns of a, one panel] += sum over rows.
@@ -71,7 +61,6 @@ template <int kM>
 void outer_tile(const float* a, int64_t lda, const float* const* rows, int64_t first, int64_t count, float* c,
                 int64_t ldc) {
   Sums<kM, 1> sums;
-  sums.start(nullptr, 0);
 #pragma GCC unroll 2
   for (int64_t p = 0; p < count; ++p) {
     const float* row = rows[p] + first;
@@ -85,12 +74,7 @@ void outer_tile(const float* a, int64_t lda, const float* const* rows, int64_t f
       for (int j = 0; j < kWide; ++j) sums.v[m][j] += value * column[j];
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < kM; ++m) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) sums.v[m][j] += load_vec(c + m * ldc + j * kLanes);
-  }
-  sums.store(c, ldc, false);
+  sums.store(c, ldc, c, ldc, false);
 }
 
 using OuterTile = void (*)(const float*, int64_t, const float* const*, int64_t, int64_t, float*, int64_t);

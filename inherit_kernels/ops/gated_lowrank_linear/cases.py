@@ -44,7 +44,7 @@ CASES = [
     case("one_output", (10,), 12, 1, 3, 3, residual=True),
     case("five_heads", (37,), 24, 40, 6, 5, gate_bias=False),
     case("larger_than_blocks", (131,), 300, 270, 72, 3, residual=True, activation="relu"),
-    case("deep", (40,), 1100, 40, 24, 3),
+    case("deep", (40,), 4500, 40, 24, 3),
     case("no_bias", (33,), 16, 16, 16, 2, gate_bias=False, bias=False),
     case("empty", (0,), 12, 14, 3, 3, residual=True, activation="relu"),
     case("empty_inside", (3, 0), 12, 14, 3, 2),

@@ -31,7 +31,7 @@ CASES = [
     case("one_output", (10,), 12, 1, 3, residual=True),
     case("one_input", (10,), 1, 5, 1),
     case("larger_than_blocks", (131,), 300, 270, 72, residual=True, activation="relu"),
-    case("deep", (40,), 1100, 40, 24),
+    case("deep", (40,), 4500, 40, 24),
     case("no_bias", (33,), 16, 16, 16, bias=False),
     case("empty", (0,), 12, 14, 3, residual=True, activation="relu"),
     case("empty_inside", (3, 0), 12, 14, 3),
