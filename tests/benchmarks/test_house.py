@@ -1,7 +1,6 @@
 """The benchmark house: what makes its figures honest.
 
-Seen failing once each: a peer with a scaled bias, a limit from unpadded FLOPs, memory counted at the L1 rate, a second header in
-a CSV, resuming over rows of another commit, a mean that is arithmetic, an all-pairs selection with a pair left out.
+Seen failing once: the test of a wrong peer.
 """
 
 from __future__ import annotations

@@ -147,51 +147,6 @@ inline void multiply(const Kernels& k, const float* a, int64_t lda, bool transpo
   } while (d0 < depth);
 }
 
-// c = x[i0 : i0 + rows, :] b through `scratch`, [rows, kDepthBlock] floats. float32 is copied as well: rows 4096 bytes
-// apart share one set of the first level cache, which holds 8 of the 12 lines a tile reads (12 % slower, K = 1024).
-inline void multiply_view(const Kernels& k, MatrixView x, int64_t i0, int64_t rows, int64_t depth, const float* b,
-                          int64_t b_depth, int64_t b_panel, int64_t panels, float* c, int64_t ldc, float* scratch) {
-  int64_t d0 = 0;
-  do {
-    int64_t block = std::min(kDepthBlock, depth - d0);
-    k.load(x, i0, rows, d0, block, scratch, kDepthBlock);
-    k.product(scratch, kDepthBlock, false, rows, block, b + d0 * b_depth, b_depth, b_panel, panels, c, ldc, d0 > 0);
-    d0 += block;
-  } while (d0 < depth);
-}
-
-// Packs all of w [outputs, depth] into panels.
-inline void pack_all(const Runtime& runtime, MatrixView w, int64_t outputs, int64_t depth, float* panels) {
-  const Kernels& k = *runtime.kernels;
-  parallel(runtime, ceil_div(outputs, k.nr), 4.0 * outputs * depth, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      k.pack(w, p * k.nr, std::min(k.nr, outputs - p * k.nr), 0, depth, panels + p * depth * k.nr);
-    }
-  });
-}
-
-// Depths [d0, d0 + depth) of one panel of [up_1 ... up_H] as [out, heads * rank]; depth h * rank + r.
-inline void pack_heads(const Kernels& k, const HeadsView& up, int64_t rank, int64_t j0, int64_t count, int64_t d0,
-                       int64_t depth, float* dst) {
-  for (int64_t d = d0; d < d0 + depth;) {
-    int64_t h = d / rank, r = d % rank;
-    int64_t run = std::min(rank - r, d0 + depth - d);
-    k.pack(head(up, h), j0, count, r, run, dst + (d - d0) * k.nr);
-    d += run;
-  }
-}
-
-inline void pack_all_heads(const Runtime& runtime, const HeadsView& up, int64_t heads, int64_t rank, int64_t out,
-                           float* panels) {
-  const Kernels& k = *runtime.kernels;
-  int64_t depth = heads * rank;
-  parallel(runtime, ceil_div(out, k.nr), 4.0 * out * depth, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      pack_heads(k, up, rank, p * k.nr, std::min(k.nr, out - p * k.nr), 0, depth, panels + p * depth * k.nr);
-    }
-  });
-}
-
 // A weight to be packed: [up_1 ... up_H, bias_1 ... bias_H] as [outputs, heads * rank + heads], or without the biases.
 struct PackedSource {
   HeadsView up;
