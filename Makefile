@@ -9,11 +9,14 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/inhernet demo digits --out runs/digits
 
+# The benchmark house in a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -m "not gpu" --fuzz 5000 --fuzz-random
+	$(BIN)/python -m pytest -m "not gpu" --fuzz 5000 --fuzz-random --ignore tests/benchmarks
+	$(BIN)/python -m pytest -m "not gpu" tests/benchmarks
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
