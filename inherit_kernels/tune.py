@@ -1,8 +1,8 @@
 """Measure the dispatch tables of this machine: `python -m inherit_kernels.tune [op …]`.
 
 Each op's folder names the cases to measure; the table goes to `configs/<op>/<device>.json`, where dispatch reads it. On an
-idle 2-core machine with bfloat16 units all four ops take about six minutes; without them torch's bfloat16 takes an hour, and
-`--rows 8` four minutes. Interrupting it keeps the tables already written.
+idle 2-core machine with bfloat16 units all four ops take about six minutes. Without them torch's bfloat16 is ten times slower
+(one op was not done after ten minutes): leave it out of large cases with `--rows 8`. Interrupting keeps the tables written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from inherit_kernels.testing.cases import Case, make_inputs
 from inherit_kernels.testing.timing import time_interleaved
 
 DTYPES = (torch.float32, torch.bfloat16)
-HOPELESS = (
-    3  # a backend this many times slower than the fastest is timed once: bfloat16 products without bfloat16 units
-)
+# A backend this many times slower than the fastest is timed once: bfloat16 products without bfloat16 units.
+HOPELESS = 3
 
 
 def measure(op: str, case: Case, dtype: torch.dtype, training: bool, seconds: float) -> dict[str, Any] | None:
@@ -47,12 +46,12 @@ def measure(op: str, case: Case, dtype: torch.dtype, training: bool, seconds: fl
     if len(candidates) < 2:
         return None
     once = {name: _seconds(call) for name, call in candidates.items()}
-    hopeless = {name: time for name, time in once.items() if time > HOPELESS * min(once.values())}
+    hopeless = {name: first for name, first in once.items() if first > HOPELESS * min(once.values())}
     timings = time_interleaved(
         {name: call for name, call in candidates.items() if name not in hopeless}, seconds=seconds
     )
     medians = {name: timing.median for name, timing in timings.items()}
-    medians |= {name: time * 1e6 for name, time in hopeless.items()}
+    medians |= {name: first * 1e6 for name, first in hopeless.items()}
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "training": training,
