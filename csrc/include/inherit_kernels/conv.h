@@ -288,7 +288,7 @@ constexpr int64_t kPositionBlock = 96;
 
 inline int64_t even_block(int64_t total, int64_t threads, int64_t multiple) {
   int64_t blocks = ceil_div(total, kPositionBlock);
-  if (blocks < 8 * threads) blocks = round_up(blocks, threads);
+  if (blocks < 8 * threads) blocks = round_up(blocks, threads), multiple = 1;
   return std::min<int64_t>(round_up(ceil_div(total, blocks), multiple), round_up(kPositionBlock, multiple));
 }
 
@@ -317,7 +317,7 @@ inline void plain_conv(const Runtime& runtime, const ConvForward& given, const f
   GateOperands bias(k, {0, 0, s.rank, s.out, 1}, MatrixView{}, MatrixView{}, f.bias);
   Blocks blocks(runtime, s.batch, positions, joined);
   double work = 2.0 * s.batch * positions * s.rank * (s.channels * s.taps() + s.out);
-  parallel(runtime, blocks.count, work, [&](int64_t begin, int64_t end) {
+  balanced(runtime, blocks.count, work, 1, [&](int64_t begin, int64_t end) {
     DownStage first(k, s, f.x, down, blocks.size);
     UpStage second(k, f, blocks.size);
     Scratch t(blocks.size * ldt);
@@ -380,7 +380,7 @@ inline void gated_conv(const Runtime& runtime, const ConvForward& f, const float
     int64_t images = std::min(group, s.batch - b0);
     Blocks down_blocks(runtime, images, positions, across), up_blocks(runtime, images, positions, false);
     double work = 2.0 * images * positions * s.rank;
-    parallel(runtime, down_blocks.count, work * s.channels * s.taps(), [&](int64_t begin, int64_t end) {
+    balanced(runtime, down_blocks.count, work * s.channels * s.taps(), 1, [&](int64_t begin, int64_t end) {
       DownStage first(k, s, f.x, down, down_blocks.size);
       for (int64_t task = begin; task < end; ++task) {
         int64_t q = down_blocks.first(task), count = down_blocks.length(task);
@@ -393,7 +393,7 @@ inline void gated_conv(const Runtime& runtime, const ConvForward& f, const float
     // Parts of up of at most 64 KiB, the images innermost: a part and the heads it comes from stay in the second level
     // cache while the images pass (1.1 times faster at 256 -> 64 -> 1024 channels).
     int64_t part = k.nr * std::max<int64_t>(1, 16384 / (s.rank * k.nr)), parts = ceil_div(gate.out_width, part);
-    parallel(runtime, parts * up_blocks.count, work * s.out, [&](int64_t begin, int64_t end) {
+    balanced(runtime, parts * up_blocks.count, work * s.out, 1, [&](int64_t begin, int64_t end) {
       UpStage second(k, f, up_blocks.size);
       MixedPanels mixed(k, up, s.heads, gate.out_width, s.out, s.rank, gate.has_bias ? gate.bias_rows.get() : nullptr,
                         part);

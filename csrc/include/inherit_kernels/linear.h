@@ -172,10 +172,11 @@ inline void forward_by_rows(const Runtime& runtime, const LinearForward& f) {
   // (48 rows: 5 % slower where the weights exceed it).
   constexpr int64_t kBlockRows = 96;
   int64_t blocks = runtime.threads * ceil_div(s.rows, runtime.threads * kBlockRows);
-  int64_t block_rows = ceil_div(s.rows, blocks);
+  blocks = std::max(blocks, std::min(kShares * runtime.threads, s.rows / (kBlockRows / 2)));
+  int64_t block_rows = round_up(ceil_div(s.rows, blocks), k.mr);
   int64_t rank_panels = ceil_div(s.rank, k.nr), out_panels = ceil_div(s.out, k.nr);
   double work = 2.0 * s.rows * s.rank * (s.in + s.heads * s.out);
-  parallel(runtime, ceil_div(s.rows, block_rows), work, [&](int64_t begin, int64_t end) {
+  balanced(runtime, ceil_div(s.rows, block_rows), work, 1, [&](int64_t begin, int64_t end) {
     Between between(k, s, gate, up.depth, block_rows);
     Scratch loaded(2 * block_rows * loaded_ld(depth_block(s.in))), c(block_rows * kFinishGroup * k.nr);
     for (int64_t block = begin; block < end; ++block) {
@@ -199,7 +200,7 @@ void over_panels(const Runtime& runtime, bool packed, Panels given, const Packed
   const Kernels& k = *runtime.kernels;
   Dtype dtype = packed ? given.dtype : source.up.matrix.dtype;
   int64_t depth = packed ? given.depth : source.depth(), size = panel_elements(k, dtype, depth);
-  parallel(runtime, ceil_div(source.outputs, k.nr), work, [&](int64_t begin, int64_t end) {
+  balanced(runtime, ceil_div(source.outputs, k.nr), work, kFinishGroup, [&](int64_t begin, int64_t end) {
     Scratch panel(packed ? 0 : size), gathered(packed ? 0 : size);
     uint16_t* halves = reinterpret_cast<uint16_t*>(gathered.get());
     for (int64_t p = begin, step; p < end; p += step) {
@@ -263,7 +264,7 @@ inline void forward_by_dots(const Runtime& runtime, const LinearForward& f) {
   FewRows x(k, f);
   Scratch t(s.rows * s.rank), g(s.rows * gate.panels * k.nr), scaled(gate.has_gate ? s.rows * depth : 0);
 
-  parallel(runtime, s.rank, 2.0 * s.rows * s.rank * s.in, [&](int64_t begin, int64_t end) {
+  balanced(runtime, s.rank, 2.0 * s.rows * s.rank * s.in, 8, [&](int64_t begin, int64_t end) {
     k.dot(x.data, x.ld, s.rows, s.in, f.down, begin, end - begin, t.get() + begin, s.rank, false);
   });
   if (f.t) k.store(t.get(), s.rank, s.rows, s.rank, f.t, f.dtype, s.rank);
@@ -274,7 +275,7 @@ inline void forward_by_dots(const Runtime& runtime, const LinearForward& f) {
     a = scaled.get();
   }
 
-  parallel(runtime, ceil_div(s.out, kColumns), 2.0 * s.rows * depth * s.out, [&](int64_t begin, int64_t end) {
+  balanced(runtime, ceil_div(s.out, kColumns), 2.0 * s.rows * depth * s.out, 1, [&](int64_t begin, int64_t end) {
     Scratch c(s.rows * kColumns);
     for (int64_t block = begin; block < end; ++block) {
       int64_t j0 = block * kColumns, cols = std::min(kColumns, s.out - j0);

@@ -57,6 +57,17 @@ struct Sums {
   Vec v[kM][kVectors];
 };
 
+// Bytes ahead where two panels pass at once: the hardware follows four streams by itself, two it does not across pages
+// (2 rows of weights beyond the L2 cache: 1.1 to 1.3 times faster; of four panels 5 % slower).
+constexpr int64_t kAhead = 1024;
+
+// Three rows of two panels fill the 16 registers of AVX2 with sums and columns: values kept from one panel to the next
+// would drive sums out (1.8 times slower).
+template <int kM, int kP>
+inline __attribute__((always_inline)) void reload_rows(const float*& a) {
+  if (kM == 3 && kP > 1) asm("" : "+r"(a));
+}
+
 template <int kM, int kP>
 void panel_tile(const void* rows, int64_t lda, int64_t depth, const void* panels, int64_t b_panel, const void* ahead,
                 const float* init, int64_t ld_init, float* c, int64_t ldc, bool relu) {
@@ -65,14 +76,19 @@ void panel_tile(const void* rows, int64_t lda, int64_t depth, const void* panels
 #pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     if (kP == 1) prefetch(ahead, d * kPanel * 4);
-    Vec column[kP * kWide];
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) {
+      if (kP == 2) prefetch(b + p * b_panel, kAhead);
+      Vec column[kWide];
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) column[w] = load_vec(b + p * b_panel + w * kLanes);
 #pragma GCC unroll 16
-    for (int j = 0; j < kP * kWide; ++j) column[j] = load_vec(b + (j / kWide) * b_panel + (j % kWide) * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kM; ++i) {
-      Vec value = broadcast(a[i * lda + d]);
-#pragma GCC unroll 16
-      for (int j = 0; j < kP * kWide; ++j) sums.v[i][j] += value * column[j];
+      for (int i = 0; i < kM; ++i) {
+        Vec value = broadcast(a[i * lda + d]);
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) sums.v[i][p * kWide + w] += value * column[w];
+      }
+      reload_rows<kM, kP>(a);
     }
     b += kPanel;
   }
@@ -91,6 +107,7 @@ inline __attribute__((always_inline)) void add_widened(Sums<kM, kP>& sums, const
                                                        const uint16_t* b, int64_t b_panel) {
 #pragma GCC unroll 4
   for (int p = 0; p < kP; ++p) {
+    if (kP == 2 && !kOdd) prefetch(b + p * b_panel, kAhead);
     Vec column[kWide];
 #pragma GCC unroll 4
     for (int w = 0; w < kWide; ++w) column[w] = widen<kOdd>(load_pairs(b + p * b_panel + w * 2 * kLanes));
@@ -100,6 +117,7 @@ inline __attribute__((always_inline)) void add_widened(Sums<kM, kP>& sums, const
 #pragma GCC unroll 4
       for (int w = 0; w < kWide; ++w) sums.v[i][p * kWide + w] += value * column[w];
     }
+    reload_rows<kM, kP>(a);
   }
 }
 

@@ -1,6 +1,8 @@
 // What an op needs from its surroundings: a kernel table, threads, scratch memory. No torch.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
@@ -19,9 +21,19 @@ struct Runtime {
   void (*parallel_for)(int64_t count, RangeFunction function, void* context);
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
 // Below this many floating point operations a region runs where it is: waking a second thread costs about 2 us, in
 // which one core does 200,000 of them.
 constexpr double kSerialWork = 2e5;
+
+// Shares that `balanced` makes of a thread's part, and the parts it can make.
+constexpr int64_t kShares = 4, kMostParts = 64;
 
 template <class F>
 void parallel(const Runtime& runtime, int64_t count, double work, const F& body) {
@@ -29,6 +41,28 @@ void parallel(const Runtime& runtime, int64_t count, double work, const F& body)
   if (count == 1 || runtime.threads == 1 || work < kSerialWork) return body(int64_t{0}, count);
   RangeFunction call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   runtime.parallel_for(count, call, const_cast<F*>(&body));
+}
+
+// The same in small shares, a multiple of `multiple` each: a thread takes those of its own part first, so that it meets
+// the same weights call after call, then helps with the others'. Two processors of a shared machine seldom run alike
+// (1024 rows: 10 % faster). The body sees any ranges: what it sets up for one must cost little.
+template <class F>
+void balanced(const Runtime& runtime, int64_t count, double work, int64_t multiple, const F& body) {
+  int64_t parts = std::min<int64_t>(runtime.threads, kMostParts);
+  if (parts == 1 || count <= multiple || work < kSerialWork) return parallel(runtime, count, work, body);
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> next;
+  };
+  Cursor cursors[kMostParts];
+  int64_t part = ceil_div(count, parts), share = std::min(part, round_up(ceil_div(part, kShares), multiple));
+  for (int64_t p = 0; p < parts; ++p) cursors[p].next = p * part;
+  parallel(runtime, parts, work, [&](int64_t begin, int64_t) {
+    for (int64_t i = 0; i < parts; ++i) {
+      int64_t p = (begin + i) % parts, end = std::min(count, (p + 1) * part);
+      auto take = [&] { return cursors[p].next.fetch_add(share, std::memory_order_relaxed); };
+      for (int64_t first = take(); first < end; first = take()) body(first, std::min(end, first + share));
+    }
+  });
 }
 
 // Uninitialised floats on a cache line boundary. malloc rather than aligned_alloc, which skips the thread's cache (80
@@ -55,12 +89,6 @@ class Scratch {
   float* data_ = nullptr;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
 inline int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
