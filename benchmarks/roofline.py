@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,30 @@ def limit(work: Work, dtype: str, machine: Roofline) -> Limit:
         left -= served
         below = max(below, level.capacity)
     return Limit(1e6 * max(compute, memory), "compute" if compute >= memory else slowest)
+
+
+def gauge(work: Work, dtype: str, machine: Roofline, clock: str) -> Callable[[], float]:
+    """A call that measures, for 2 ms, what limits a case, and returns the case's limit in µs as of this moment.
+
+    A processor of a shared machine can lose half its speed to a neighbour for seconds: beside the best figures of a run
+    that looks like a slow kernel.
+    """
+    best = limit(work, dtype, machine)
+    library, threads, processor_time = _load(), machine.threads, int(clock == "cpu")
+    seconds = ctypes.c_double(0.002)
+    if best.bound == "compute":
+        rate = best.microseconds * machine.peaks[dtype]
+        product = (
+            library.roofline_bfloat16 if machine.peaks[dtype] > machine.peaks["float32"] else library.roofline_float32
+        )
+        product.restype = ctypes.c_double
+        return lambda: rate / product(threads, seconds, processor_time)
+    if best.bound == machine.levels[-1].name:  # too large to be laid out every time
+        return lambda: best.microseconds
+    read = library.roofline_read
+    read.restype = ctypes.c_double
+    size = ctypes.c_size_t(max(work.bytes, 4096 * threads))
+    return lambda: 1e6 * work.bytes / float(read(size, threads, seconds, processor_time))
 
 
 def measure(clock: str = "wall", seconds: float = 0.25) -> Roofline:

@@ -19,7 +19,7 @@ import torch
 from inherit_kernels.dispatch import device_slug
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 2
+SCHEMA = 3
 #: Where and by what a figure was made; every file begins with these.
 STAMP = ("schema", "time", "commit", "device", "cpu", "torch", "threads", "clock")
 #: One candidate on one case of an op.
@@ -39,8 +39,9 @@ OP_COLUMNS = (
     "us_p80",
     "gflops",  # merged FLOPs (the dense layer: its own) over the median
     "gbs",  # every distinct tensor once over the median
-    "limit_us",
+    "limit_us",  # by what was measured in the rounds of this case
     "percent",  # limit over median; of the dense layer's own limit for the dense peers
+    "percent_of_best",  # the same by the best figures of the whole run
     "bound",  # compute, or the level of memory that limits
     "intensity",  # FLOP a byte
     "max_error",  # against float64, relative to the largest value

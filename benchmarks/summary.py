@@ -101,12 +101,12 @@ def absent(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-def percents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """ours -> case -> percent of the measured limit."""
+def percents(rows: Sequence[dict[str, Any]], column: str = "percent") -> dict[str, dict[str, float]]:
+    """ours -> case -> percent of the measured limit; in `percent_of_best` by the best figures of the run."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["kind"] == "ours" and row["status"] == "ok" and row.get("percent") not in (None, ""):
-            found.setdefault(row["candidate"], {})[row["case"]] = float(row["percent"])
+        if row["kind"] == "ours" and row["status"] == "ok" and row.get(column) not in (None, ""):
+            found.setdefault(row["candidate"], {})[row["case"]] = float(row[column])
     return found
 
 
@@ -144,6 +144,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the table does not show: distance to the limit, who could not run."""
     sentences = []
+    best = percents(rows, "percent_of_best")
     for name, found in percents(rows).items():
         if name in OURS:
             worst = min(found, key=found.__getitem__)
@@ -151,7 +152,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{name}: {geometric_mean(found.values()):.0f} % of the limit (geometric mean), "
                 f"{found[worst]:.0f} % at worst ({worst}), {max(found.values()):.0f} % at best"
             )
-            beaten = [case for case, percent in found.items() if percent > 100]
+            beaten = [case for case, percent in best.get(name, {}).items() if percent > 100]
             if beaten:
                 sentences.append(f"{name} beats the limit in {', '.join(beaten)}: the limit is modelled wrongly there")
     total = len({row["case"] for row in rows})

@@ -206,7 +206,7 @@ class DownStage {
     g.count = count;
     g.b_tap = s_.channels * k_.nr;
     g.b_panel = s_.taps() * g.b_tap;
-    g.panels = ceil_div(s_.rank, k_.nr);
+    g.cols = s_.rank;
     // Runs of about kRun depths: their part of a panel stays in the first level cache while the positions pass, and
     // longer runs of a sum lose accuracy.
     int64_t chunks = ceil_div(s_.channels, kRun), chunk = ceil_div(s_.channels, chunks);

@@ -29,6 +29,31 @@ void gather_tile(const GatherProduct& p, int64_t i, const float* b, float* c, in
   sums.store(p.accumulate ? c : nullptr, ldc, c, ldc, false);
 }
 
+// The same for a panel of which no more than the first vector is in use: the other holds zeros.
+template <int kM>
+void gather_half_tile(const GatherProduct& p, int64_t i, const float* b, float* c, int64_t ldc) {
+  Vec sums[kM];
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m) sums[m] = Vec{};
+  for (int64_t tap = 0; tap < p.taps; ++tap) {
+    const float* row[kM];
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m) row[m] = p.rows[tap * p.ld + i + m] + p.first;
+    const float* panel = b + tap * p.b_tap;
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < p.depth; ++d) {
+      Vec column = load_vec(panel + d * kPanel);
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) sums[m] += broadcast(row[m][d]) * column;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m) {
+    store_vec(c + m * ldc, p.accumulate ? load_vec(c + m * ldc) + sums[m] : sums[m]);
+    store_vec(c + m * ldc + kLanes, Vec{});
+  }
+}
+
 // c [kM outputs, one panel of positions]; the outputs lie side by side in `w`.
 template <int kM>
 void columns_tile(const float* w, int64_t depth, const float* t, const float* bias, const float* init, int64_t ld_init,
@@ -88,13 +113,23 @@ using ColumnsTile = void (*)(const float*, int64_t, const float*, const float*, 
 #define INHERIT_KERNELS_ROW_TILES(tile) {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>}
 #endif
 constexpr GatherTile kGatherTiles[kRows] = INHERIT_KERNELS_ROW_TILES(gather_tile);
+// One vector a row needs 8 rows: an addition takes 4 cycles, and two begin in each.
+#if defined(__AVX512F__) || defined(INHERIT_KERNELS_EMULATED)
+constexpr int kHalfRows = kRows;
+constexpr GatherTile kGatherHalfTiles[kHalfRows] = INHERIT_KERNELS_ROW_TILES(gather_half_tile);
+#else
+constexpr int kHalfRows = 8;
+constexpr GatherTile kGatherHalfTiles[kHalfRows] = {gather_half_tile<1>, gather_half_tile<2>, gather_half_tile<3>,
+                                                    gather_half_tile<4>, gather_half_tile<5>, gather_half_tile<6>,
+                                                    gather_half_tile<7>, gather_half_tile<8>};
+#endif
 constexpr OuterTile kOuterTiles[kRows] = INHERIT_KERNELS_ROW_TILES(outer_tile);
 constexpr ColumnsTile kColumnsTiles[kRows] = INHERIT_KERNELS_ROW_TILES(columns_tile);
 
 // Calls body(first row, rows) for tiles that share `rows` out evenly: 49 rows are 4 * 6 + 5 * 5, not 8 * 6 + 1.
 template <class Body>
-inline void over_rows(int64_t rows, const Body& body) {
-  int64_t count = (rows + kRows - 1) / kRows, i = 0;
+inline void over_rows(int64_t rows, const Body& body, int64_t most = kRows) {
+  int64_t count = (rows + most - 1) / most, i = 0;
   for (int64_t t = 0; t < count; ++t) {
     int64_t size = rows / count + (t < rows % count);
     body(i, size);
@@ -103,10 +138,12 @@ inline void over_rows(int64_t rows, const Body& body) {
 }
 
 void gather(const GatherProduct& p, float* c, int64_t ldc) {
-  for (int64_t panel = 0; panel < p.panels; ++panel) {
-    over_rows(p.count, [&](int64_t i, int64_t rows) {
-      kGatherTiles[rows - 1](p, i, p.b + panel * p.b_panel, c + i * ldc + panel * kPanel, ldc);
-    });
+  for (int64_t j = 0; j < p.cols; j += kPanel) {
+    bool half = p.cols - j <= kLanes;
+    const GatherTile* tiles = half ? kGatherHalfTiles : kGatherTiles;
+    const float* b = p.b + j / kPanel * p.b_panel;
+    auto tile = [&](int64_t i, int64_t rows) { tiles[rows - 1](p, i, b, c + i * ldc + j, ldc); };
+    over_rows(p.count, tile, half ? kHalfRows : kRows);
   }
 }
 

@@ -62,12 +62,13 @@ struct Epilogue {
 };
 
 // c[i, j] (+)= sum over taps k and depths d of rows[k * ld + i][first + d] b[k, d, j]: rows that lie anywhere, such as
-// the pixels under a convolution's window. b[k, d, p * nr + j] is b[p * b_panel + k * b_tap + d * nr + j].
+// the pixels under a convolution's window. b[k, d, p * nr + j] is b[p * b_panel + k * b_tap + d * nr + j],
+// zero from `cols` on, and c has whole panels.
 struct GatherProduct {
   const float* const* rows;
   int64_t ld, first, count, taps, depth;
   const float* b;
-  int64_t b_tap, b_panel, panels;
+  int64_t b_tap, b_panel, cols;
   bool accumulate;
 };
 

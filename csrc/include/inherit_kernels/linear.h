@@ -172,8 +172,8 @@ inline void forward_by_rows(const Runtime& runtime, const LinearForward& f) {
   // (48 rows: 5 % slower where the weights exceed it).
   constexpr int64_t kBlockRows = 96;
   int64_t blocks = runtime.threads * ceil_div(s.rows, runtime.threads * kBlockRows);
-  blocks = std::max(blocks, std::min(kShares * runtime.threads, s.rows / (kBlockRows / 2)));
-  int64_t block_rows = round_up(ceil_div(s.rows, blocks), k.mr);
+  blocks = std::max(blocks, runtime.threads * std::min(kShares, s.rows / (runtime.threads * kBlockRows / 2)));
+  int64_t block_rows = ceil_div(s.rows, blocks);
   int64_t rank_panels = ceil_div(s.rank, k.nr), out_panels = ceil_div(s.out, k.nr);
   double work = 2.0 * s.rows * s.rank * (s.in + s.heads * s.out);
   balanced(runtime, ceil_div(s.rows, block_rows), work, 1, [&](int64_t begin, int64_t end) {
@@ -293,7 +293,7 @@ inline void forward_by_dots(const Runtime& runtime, const LinearForward& f) {
 
 // The way depends on sizes and strides only, never on values: a row's bits do not depend on its neighbours.
 inline void linear_forward(const Runtime& runtime, const LinearForward& f) {
-  constexpr int64_t kColumnRows = 48;
+  constexpr int64_t kColumnRows = 64;
   if (f.shape.rows == 0) return;
   bool dots = !f.packed && f.down.col_stride == 1 && f.up.matrix.col_stride == 1;
   if (dots && f.shape.rows <= kDotRows) return forward_by_dots(runtime, f);
