@@ -5,8 +5,8 @@
     python -m benchmarks.run lowrank_linear --training --peers "eager pair" "compiled pair"
 
 Correctness first; then all candidates of a case interleaved in one run (A B C A B C …), each after 6 ms to settle, medians
-with the 20th and 80th percentile; what limits the case is measured in the same rounds. Every case is appended to `benchmarks/results/<device>/<op>.csv` as
-soon as it is done: an interrupted run goes on with `--resume`.
+with the 20th and 80th percentile; what limits the case is measured in the same rounds. Every case is appended to
+`benchmarks/results/<device>/<op>.csv` as soon as it is done: an interrupted run goes on with `--resume`.
 """
 
 from __future__ import annotations
