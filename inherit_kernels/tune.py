@@ -1,8 +1,8 @@
 """Measure the dispatch tables of this machine: `python -m inherit_kernels.tune [op …]`.
 
 Each op's folder names the cases to measure; the table goes to `configs/<op>/<device>.json`, where dispatch reads it. On an
-idle 2-core machine with bfloat16 units all four ops take about six minutes. Without them torch's bfloat16 is ten times slower
-(one op was not done after ten minutes): leave it out of large cases with `--rows 8`. Interrupting keeps the tables written.
+idle 2-core machine with bfloat16 units all four ops take about six minutes. Without them torch's bfloat16 is ten times slower:
+leave it out of large cases with `--rows 8` (four and a half minutes). Interrupting keeps the tables written.
 """
 
 from __future__ import annotations
