@@ -189,26 +189,50 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]], text:
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *lines))
 
 
+def compact(by_op: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """One table of all ops, a line a peer: geometric mean and, in brackets, the worst case of our packed form."""
+    cells: dict[str, dict[str, str]] = {}
+    for op, rows in by_op.items():
+        for ratio in ratios(rows):
+            if ratio.ours == ("packed" if any(row["candidate"] == "packed" for row in rows) else "automatic"):
+                figure = f"{ratio.mean:.2f} ({ratio.ratios[ratio.worst]:.2f})"
+                cells.setdefault(ratio.peer, {})[op] = figure
+    counts = {op: len({row["case"] for row in rows}) for op, rows in by_op.items()}
+    columns = ["peer", *(f"`{op}`, {counts[op]} cases" for op in by_op)]
+    return markdown_table(
+        columns, [[peer, *(found.get(op, "") for op in by_op)] for peer, found in cells.items()], (0,)
+    )
+
+
 def main() -> None:
     """Print the tables of the CSVs."""
-    from benchmarks import memory, models
+    from benchmarks import memory, models, suites
     from inherit_kernels.registry import OPS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="ops, models, memory; all that have results when none is named")
     parser.add_argument("--device", help="the folder under benchmarks/results; this machine's when left out")
     parser.add_argument("--threads", help="only runs on that many threads")
+    parser.add_argument("--suite", choices=["small", "full"], help="only its cases")
+    parser.add_argument("--compact", action="store_true", help="one table of all ops: float32, forward")
     arguments = parser.parse_args()
+    by_op = {}
     for name in arguments.targets or (*OPS, "models", "memory"):
+        cases = {str(p) for p in suites.suite(name, arguments.suite)} if name in OPS and arguments.suite else None
         rows = [
             row
             for row in store.read(store.path_of(name, arguments.device))
-            if arguments.threads in (None, row["threads"])
+            if arguments.threads in (None, row["threads"]) and (cases is None or row["case"] in cases)
         ]
         if not rows:
             continue
+        if name in OPS and arguments.compact:
+            by_op[name] = newest([r for r in rows if (r["dtype"], r["mode"]) == ("float32", "forward")])
+            continue
         printer = {"models": models.markdown, "memory": memory.markdown}.get(name, lambda rows: markdown(newest(rows)))
         print(printer(rows))
+    if by_op:
+        print(compact(by_op))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Graph:
         from onnx import helper
 
         name = f"c{len(self.constants)}"
-        raw = value.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        raw = value.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
         self.constants.append(helper.make_tensor(name, self.element, list(value.shape), raw, raw=True))
         return name
 

@@ -149,10 +149,15 @@ def test_candidates_agree_and_say_why_not(op, training):
 def test_engines_compute_the_layer(op, module, name):
     pytest.importorskip("onnx", reason="no onnx: no graph was built")
     pytest.importorskip(module, reason=f"no {module}: its results were not checked")
-    for form in (name, f"dense, {name}"):
-        (found,) = candidates.prepare(SMALL[op], torch.float32, False, backends=[], peers=[form])
+    one_head = suites.linear_point(op, 5, 24, 40, 6, 1) if "linear" in op else _one_headed_conv(op)
+    for point, form in ((SMALL[op], name), (SMALL[op], f"dense, {name}"), (one_head, name)):
+        (found,) = candidates.prepare(point, torch.float32, False, backends=[], peers=[form])
         assert found.status == "ok", found
         assert found.max_error < 1e-5
+
+
+def _one_headed_conv(op):
+    return suites.conv_point(op, 2, (4, 6, 8, 3, 1), 3, 1, "contiguous")
 
 
 def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch):
@@ -308,6 +313,30 @@ def test_candidates_take_turns_and_long_calls_get_fewer_rounds(monkeypatch):
     timed = calls[4:]  # two calls each before the first round
     assert timed.count("short") == 10 and timed.count("long") == timing.FEWEST_ROUNDS
     assert "".join(name[0] for name in timed) == "ssl" * 5  # every second round
+
+
+def test_candidates_settle_before_they_are_timed_and_gauges_report_their_own_figure():
+    calls = []
+    found = time_interleaved(
+        {"settled": lambda: calls.append("c")}, seconds=1e-9, rounds=5, settle=0.002, gauges={"gauge": lambda: 7.0}
+    )
+    assert found["gauge"] == (7.0, 7.0, 7.0)
+    assert len(calls) > 100  # 2 + 5 are timed, the others fill five times 2 ms
+
+
+def test_a_gauge_is_the_limit_of_the_moment():
+    machine = roofline.measure(seconds=0.02)
+    for work in (Work(((600, 600, 600, 1),), 4), Work(((1, 1, 1, 1),), 200_000)):
+        bound = limit(work, "float32", machine).microseconds
+        assert bound / 3 < roofline.gauge(work, "float32", machine, "wall")() < bound * 30
+    assert roofline.gauge(Work(((1, 1, 1, 1),), 1 << 33), "float32", machine, "wall")() > 1e4
+
+
+def test_the_compact_table_names_every_peer_once():
+    rows = [row("a", "packed"), row("a", "eager pair", us=30.0), row("b", "packed"), row("b", "eager pair", us=10.0)]
+    lines = summary.compact({"lowrank_linear": rows}).splitlines()
+    assert lines[0] == "| peer | `lowrank_linear`, 2 cases |"
+    assert lines[2:] == ["| eager pair | 1.73 (1.00) |"]
 
 
 def test_an_unknown_clock_is_refused():

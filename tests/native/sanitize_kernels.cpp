@@ -93,10 +93,28 @@ void linear(LinearShape s, Dtype dtype, bool gated, bool packed, int64_t threads
 
 }  // namespace
 
+// Every index once, whoever takes it.
+void shares(int64_t threads, int64_t count, int64_t multiple) {
+  std::vector<std::atomic<int>> seen(count);
+  balanced(runtime(threads), count, 1e9, multiple, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) ++seen[i];
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    if (seen[i] == 1) continue;
+    std::printf("index %ld of %ld was taken %d times\n", long(i), long(count), int(seen[i]));
+    ++failures;
+  }
+}
+
 int main() {
+  for (int64_t threads : {1, 2, 3, 100}) {
+    for (int64_t count : {0, 1, 2, 5, 16, 17, 63, 1000}) {
+      for (int64_t multiple : {1, 4}) shares(threads, count, multiple);
+    }
+  }
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
     for (int64_t threads : {1, 2}) {
-      for (int64_t rows : {0, 1, 3, 8, 9, 48, 49, 130}) {
+      for (int64_t rows : {0, 1, 3, 8, 9, 64, 65, 200}) {
         for (int64_t heads : {1, 2, 3}) {
           linear({rows, 1, 1, 1, heads}, dtype, true, false, threads);
           linear({rows, 63, 5, 65, heads}, dtype, true, false, threads);

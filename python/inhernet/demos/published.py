@@ -33,6 +33,11 @@ class PublishedConv2d(nn.Module):
         outputs = torch.stack([up(z) for up in self.ups], dim=1)
         return (outputs * weights[:, :, None, None, None]).sum(1)
 
+    @property
+    def weight(self) -> Tensor:
+        """The down projection's: some models ask a layer's weight for its dtype (transformers' ViT, T5)."""
+        return self.down.weight
+
 
 class PublishedLinear(nn.Module):
     """`z = down(x)`, `g = softmax(gate(z))` per row, `y = Σ_h g_h · up_h(z)`, heads one by one.
@@ -49,6 +54,11 @@ class PublishedLinear(nn.Module):
         weights = F.softmax(self.gate(z), dim=-1)
         outputs = torch.stack([up(z) for up in self.ups], dim=-2)
         return (outputs * weights[..., None]).sum(-2)
+
+    @property
+    def weight(self) -> Tensor:
+        """The down projection's: some models ask a layer's weight for its dtype (transformers' ViT, T5)."""
+        return self.down.weight
 
 
 def published(model: nn.Module) -> nn.Module:

@@ -57,3 +57,9 @@ def test_refusals() -> None:
         published(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="'same' with kernel_size"):
         published(from_dense(nn.Conv2d(3, 8, 2, padding="same"), 2, heads=2))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3)])
+def test_a_model_can_ask_a_restated_layer_for_its_dtype(layer: nn.Module) -> None:
+    restated = published(nn.Sequential(from_dense(layer, rank=2, heads=2))).double()
+    assert restated[0].weight.dtype == torch.float64
