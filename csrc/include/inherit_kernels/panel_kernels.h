@@ -166,7 +166,9 @@ void pair_tile(const void* rows, int64_t lda, int64_t depth, const void* panels,
 }
 #endif
 
-// `ahead` is what the tile prefetches while it runs: the next panel, from the last rows on this one (3 to 6 % faster).
+// `ahead` is what the tile prefetches while it runs: the next panel, once beside the first rows on this one, as it may
+// come from memory (1.1 to 1.2 times faster at 16 rows and 25 MB of weights), and once beside the last, by which time
+// the rows between have driven it out of the first level cache (3 to 6 % faster).
 using PanelTile = void (*)(const void*, int64_t, int64_t, const void*, int64_t, const void*, const float*, int64_t,
                            float*, int64_t, bool);
 
@@ -239,7 +241,7 @@ void over_tiles(const Product& p, const Body& body) {
     for (int64_t t = 0, i = 0; t < count; ++t) {
       int64_t tile_rows = rows + (t < larger);
       PanelTile tile = step > 1 ? tiles.several[tile_rows - 1] : tiles.one[tile_rows - 1];
-      body(tile, static_cast<const char*>(p.a.data) + i * p.a.ld * a_size, b, t + 1 == count && !widens ? next : b, i,
+      body(tile, static_cast<const char*>(p.a.data) + i * p.a.ld * a_size, b, (t == 0 || t + 1 == count) && !widens ? next : b, i,
            tile_rows, panel * kPanel, step * kPanel);
       i += tile_rows;
     }
