@@ -224,9 +224,9 @@ def main() -> None:
             for row in store.read(store.path_of(name, arguments.device))
             if arguments.threads in (None, row["threads"]) and (cases is None or row["case"] in cases)
         ]
-        if not rows:
+        if not rows or (arguments.compact and name not in OPS):
             continue
-        if name in OPS and arguments.compact:
+        if arguments.compact:
             by_op[name] = newest([r for r in rows if (r["dtype"], r["mode"]) == ("float32", "forward")])
             continue
         printer = {"models": models.markdown, "memory": memory.markdown}.get(name, lambda rows: markdown(newest(rows)))
