@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test test-full bench lint format build clean
 
 demo: $(READY)
-	$(BIN)/inhernet demo digits --out runs/digits
+	$(BIN)/inhernet demo digits --no-compile --out runs/digits
 
 # The benchmark house in a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test: $(READY)
