@@ -241,8 +241,8 @@ void over_tiles(const Product& p, const Body& body) {
     for (int64_t t = 0, i = 0; t < count; ++t) {
       int64_t tile_rows = rows + (t < larger);
       PanelTile tile = step > 1 ? tiles.several[tile_rows - 1] : tiles.one[tile_rows - 1];
-      body(tile, static_cast<const char*>(p.a.data) + i * p.a.ld * a_size, b, (t == 0 || t + 1 == count) && !widens ? next : b, i,
-           tile_rows, panel * kPanel, step * kPanel);
+      body(tile, static_cast<const char*>(p.a.data) + i * p.a.ld * a_size, b,
+           (t == 0 || t + 1 == count) && !widens ? next : b, i, tile_rows, panel * kPanel, step * kPanel);
       i += tile_rows;
     }
   }
