@@ -111,8 +111,8 @@ def limit(work: Work, dtype: str, machine: Roofline) -> Limit:
 def gauge(work: Work, dtype: str, machine: Roofline, clock: str) -> Callable[[], float]:
     """A call that measures, for 2 ms, what limits a case, and returns the case's limit in µs as of this moment.
 
-    A processor of a shared machine can lose half its speed to a neighbour for seconds: beside the best figures of a run
-    that looks like a slow kernel.
+    A processor of a shared machine can lose half its speed for seconds: beside the best figures of a run that looks like a
+    slow kernel.
     """
     best = limit(work, dtype, machine)
     library, threads, processor_time = _load(), machine.threads, int(clock == "cpu")

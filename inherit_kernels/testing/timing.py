@@ -42,7 +42,7 @@ def time_interleaved(
         clock: "wall", or "cpu" for processor time (one thread only).
         settle: seconds that a candidate runs unmeasured before each of its samples. Candidates of one thread pool and
             small data need none. The threads of another engine go on spinning for milliseconds after its call: without
-            6 ms to settle, ONNX Runtime was seen 2 to 7 times slower beside torch than alone.
+            6 ms to settle, ONNX Runtime was seen 1.8 to 7 times slower beside torch than alone.
         gauges: name -> a call that measures something by itself and returns the figure; one a round.
 
     Returns:
