@@ -10,3 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=1000, help="random calls of the fuzz test")
     parser.addoption("--fuzz-random", action="store_true", help="other random calls on every run")
+
+
+def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from inherit_kernels.testing.interpreter import repair
+
+        repair()

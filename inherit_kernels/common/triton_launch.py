@@ -1,0 +1,199 @@
+"""Choosing a kernel's configuration and launching it; the kernels themselves are in `ops/<op>/kernels_triton.py`.
+
+Triton is imported where a kernel first runs, never with the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inherit_kernels.registry import Problem
+
+MAX_RANK = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = "triton"  # configs/<op>/triton.json: checked against the limits of sm_80 and sm_90, measured on none
+
+Config = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what a kernel would have been started with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+_recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+_forced: ContextVar[dict[str, Config] | None] = ContextVar("forced", default=None)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1, read when triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def declines(problem: Problem) -> str | None:
+    """One sentence why no Triton kernel can serve the problem, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'inherit-kernels[triton]'"
+    kind = problem.device.type
+    if kind == "cpu" and not interpreting():
+        return "Triton kernels run on NVIDIA GPUs; CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    if kind not in ("cuda", "cpu", "meta"):
+        return f"there is no Triton kernel for {kind} tensors"
+    if problem.dtype not in DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {problem.dtype}"
+    if problem.sizes.get("R", 0) > MAX_RANK:
+        return f"the Triton kernels hold t in registers up to rank {MAX_RANK}, not {problem.sizes['R']}"
+    if kind == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 or higher"
+    return None
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **keywords: Any) -> None:
+    """Start a Triton kernel; while tracing, put it into the graph; while recording, only note it."""
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, keywords))
+    elif _tracing.get():
+        from torch.library import wrap_triton
+
+        wrap_triton(kernel)[grid](*args, **keywords)
+    elif args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
+        with torch.cuda.device(args[0].device):
+            kernel[grid](*args, **keywords)
+    else:
+        kernel[grid](*args, **keywords)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches inside the block in place of running them: for ahead-of-time compilation on meta tensors."""
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Launches inside the block become nodes of the graph being traced."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+@contextmanager
+def forced_configs(configs: dict[str, Config]) -> Iterator[None]:
+    """Forces the configuration of each kernel named, for tuning and tests."""
+    token = _forced.set(configs)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# --- configurations ----------------------------------------------------------------------------------------------------
+
+
+def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, Any]) -> Config:
+    """The configuration of a kernel: that of the nearest measured bucket of the device, else of the shipped table.
+
+    A bucket fits where its `bits` (16 or 32) and its `BR` (the rank padded to a power of two) are those of the call;
+    among these the nearest has the least sum of |log2| ratios over its other sizes.
+
+    Args:
+        kernel: the kernel's name in the table, such as "forward".
+        sizes: the letters that buckets may name, with `BR`. Symbolic sizes count by their hint.
+    """
+    forced = _forced.get()
+    if forced is not None and kernel in forced:
+        return forced[kernel]
+    hints = tuple((letter, _hint(size)) for letter, size in sizes.items())
+    return _config(op, kernel, 32 if dtype == torch.float32 else 16, _slug(device), hints)
+
+
+def padded_rank(rank: int) -> int:
+    """The rank rounded up to a power of two, at least 16: the least depth of a tensor-core product."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: "ieee", unless torch's own switch allows TF32."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not interpreting()
+    return "tf32" if allowed else "ieee"
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+@cache
+def _slug(device: torch.device) -> str:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return SHIPPED
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+
+
+@cache
+def kernel_tables(op: str, slug: str) -> dict[str, list[dict[str, Any]]]:
+    """kernel -> buckets `{"bits": 16, "BR": 64, "M": 4096, "config": {…}}` from `configs/<op>/<slug>.json`."""
+    path = CONFIGS / op / f"{slug}.json"
+    return json.loads(path.read_text()).get("kernels", {}) if path.exists() else {}
+
+
+@cache
+def _config(op: str, kernel: str, bits: int, slug: str, sizes: tuple[tuple[str, int], ...]) -> Config:
+    wanted = dict(sizes)
+    for table in (slug, SHIPPED):
+        buckets = [
+            bucket
+            for bucket in kernel_tables(op, table).get(kernel, [])
+            if bucket["bits"] == bits and bucket.get("BR", wanted["BR"]) == wanted["BR"]
+        ]
+        if buckets:
+            return min(buckets, key=lambda bucket: _distance(bucket, wanted))["config"]
+        _warn_once(op, table)
+    raise LookupError(f"configs/{op}/{SHIPPED}.json has no configuration of {kernel} for {bits} bits, {wanted}")
+
+
+def _distance(bucket: dict[str, Any], sizes: dict[str, int]) -> float:
+    letters = [letter for letter in bucket if letter in sizes and letter != "BR"]
+    return sum(abs(math.log2(max(sizes[letter], 1) / bucket[letter])) for letter in letters)
+
+
+@cache
+def _warn_once(op: str, slug: str) -> None:
+    if slug != SHIPPED:
+        warnings.warn(
+            f"no Triton configuration of {op} was tuned on {slug}: general ones are used; "
+            f"`python -m inherit_kernels.tune {op} --device cuda` measures them in a few minutes",
+            stacklevel=2,
+        )
+
+
+def strides(*tensors: Any) -> Sequence[int]:
+    """The strides of all tensors, one after another."""
+    return [stride for tensor in tensors for stride in tensor.stride()]
