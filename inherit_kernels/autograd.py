@@ -1,7 +1,9 @@
 """How a call runs: eagerly, as one torch operator, or as plain torch; and its gradient.
 
 * eager: the chosen implementation is called directly, behind an `autograd.Function` where a gradient is needed;
-* compiling, exporting, under a dispatch mode or with a tensor subclass: one node `inherit_kernels::<op>`;
+* compiling, exporting, under a dispatch mode or with a tensor subclass: one node `inherit_kernels::<op>`. Where a compiler
+  traces it for a GPU and Triton is the choice for the sizes at hand, the node becomes its Triton kernels, which the
+  compiler then sees and AOTInductor packages (as `torch.library.triton_op` does);
 * under `torch.func` transforms and forward-mode differentiation: the unfused form, plain torch that every transform
   understands. (A Function in `setup_context` form would serve reverse mode only, and cost 2 µs a call.)
 """
@@ -13,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
 from inherit_kernels.common.activation import activate_outside
 from inherit_kernels.common.conv import in_format, memory_format_of
-from inherit_kernels.dispatch import _forced, forced_backend, remember, select
+from inherit_kernels.common.triton_launch import tracing
+from inherit_kernels.dispatch import _forced, forced_backend, remember, select, select_traced
 from inherit_kernels.registry import Backend, OpSpec, differentiate
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # 50 ns less than is_compiling; other tracers are dispatch modes
@@ -217,29 +221,52 @@ def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
     return in_format(gradient, memory_format_of(tensor)) if tensor.dim() == 4 else gradient.contiguous()
 
 
+def _arguments(kind: str, args: Sequence[Any]) -> tuple[list[Any], str | None]:
+    """The complete argument list of a call of one of an op's three operators, and the backend forced."""
+    if kind != "_backward":
+        return list(args[:-1]), args[-1]
+    _, _, *arguments, needs, forced = args
+    arguments.insert(len(needs), None)  # a backward gets no residual
+    return arguments, forced
+
+
+def _run(kind: str, backend: Backend, args: Sequence[Any]) -> Any:
+    """One of the three operators on a backend."""
+    if kind == "":
+        return backend.forward(*args[:-1])
+    if kind == "_saving":
+        return backend.forward_saving(*args[:-1])
+    gradients = zip(args[2:], backend.backward(*args[:-1]), strict=False)
+    return [_laid_out_like(tensor, gradient) for tensor, gradient in gradients if gradient is not None]
+
+
+def _traced_for_compiler(spec: OpSpec, kind: str) -> Callable[..., Any]:
+    """What a compiler traces in place of an operator: its Triton kernels if they are the choice, else the operator."""
+
+    def rule(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        arguments, forced = _arguments(kind, args)
+        backend = select_traced(spec, *spec.split(arguments), kind != "", forced)
+        if backend is None or custom_triton_ops_decomposition_disabled():  # an exported program keeps the operator
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode, tracing():
+            return _run(kind, backend, args)
+
+    return rule
+
+
 def implement(library: torch.library.Library, spec: OpSpec) -> None:
     """Kernels, fakes and the gradient of the three operators of an op."""
     operator = getattr(torch.ops.inherit_kernels, spec.name).default
 
-    def chosen(args: Sequence[Any], training: bool, forced: str | None) -> Backend:
-        tensors, options = spec.split(args)
-        spec.check(*args)
-        return select(spec, tensors, options, training, forced)
+    def kernel_of(kind: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            arguments, forced = _arguments(kind, args)
+            spec.check(*arguments)
+            return _run(kind, select(spec, *spec.split(arguments), kind != "", forced), args)
 
-    def forward(*args: Any) -> Tensor:
-        *arguments, forced = args
-        return chosen(arguments, False, forced).forward(*arguments)
-
-    def saving(*args: Any) -> tuple[Tensor, Tensor]:
-        *arguments, forced = args
-        return chosen(arguments, True, forced).forward_saving(*arguments)
-
-    def backward(dz: Tensor, t: Tensor, *args: Any) -> list[Tensor]:
-        *arguments, needs, forced = args
-        count = len(needs)
-        backend = chosen((*arguments[:count], None, *arguments[count:]), True, forced)
-        gradients = zip(arguments, backend.backward(dz, t, *arguments, needs), strict=False)
-        return [_laid_out_like(tensor, gradient) for tensor, gradient in gradients if gradient is not None]
+        return kernel
 
     def fake_forward(*args: Any) -> Tensor:
         spec.check(*args[:-1])
@@ -264,11 +291,10 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, forced)
 
-    for suffix, kernel, fake in (
-        ("", forward, fake_forward),
-        ("_saving", saving, fake_saving),
-        ("_backward", backward, fake_backward),
-    ):
-        library.impl(spec.name + suffix, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"inherit_kernels::{spec.name}{suffix}", fake, lib=library)
+    for kind, fake in (("", fake_forward), ("_saving", fake_saving), ("_backward", fake_backward)):
+        name = f"inherit_kernels::{spec.name}{kind}"
+        library.impl(spec.name + kind, kernel_of(kind), "CompositeExplicitAutograd")
+        torch.library.register_fake(name, fake, lib=library)
+        rule = _traced_for_compiler(spec, kind)
+        torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
     library.impl(spec.name, differentiable, "Autograd", with_keyset=True)

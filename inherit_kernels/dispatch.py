@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from inherit_kernels import _native
+from inherit_kernels.common.triton_launch import hint_of
 from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
 
 TABLE_VERSION = 1
@@ -80,6 +81,18 @@ def select(
         name = _decide(spec, problem_of(spec, tensors, options, training), forced)
         choice = remember(spec.choices, key, spec.backends[name])
     return choice
+
+
+def select_traced(
+    spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool, forced: str | None
+) -> Backend | None:
+    """The Triton backend, if it is the choice for GPU tensors of these (hinted) sizes; None for any other choice."""
+    backend = spec.backends.get("triton")
+    if backend is None or tensors[0].device.type != "cuda":
+        return None
+    problem = problem_of(spec, tensors, options, training)
+    hinted = replace(problem, sizes={letter: hint_of(size) for letter, size in problem.sizes.items()})
+    return backend if _decide(spec, hinted, forced) == "triton" else None
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:

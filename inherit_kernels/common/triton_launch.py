@@ -131,8 +131,13 @@ def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, s
     forced = _forced.get()
     if forced is not None and kernel in forced:
         return forced[kernel]
-    hints = tuple((letter, _hint(size)) for letter, size in sizes.items())
+    hints = tuple((letter, hint_of(size)) for letter, size in sizes.items())
     return _config(op, kernel, 32 if dtype == torch.float32 else 16, _slug(device), hints)
+
+
+def hint_of(size: Any) -> int:
+    """A size, or the example behind a symbolic one."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def padded_rank(rank: int) -> int:
@@ -144,10 +149,6 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: "ieee", unless torch's own switch allows TF32."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not interpreting()
     return "tf32" if allowed else "ieee"
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 @cache
