@@ -144,15 +144,16 @@ def _table(op: str, slug: str) -> list[dict[str, Any]]:
     table = json.loads(path.read_text())
     if table.get("version") != TABLE_VERSION:
         raise ValueError(f"{path}: version {table.get('version')!r}, expected {TABLE_VERSION}; measure it again")
-    return table["entries"]
+    return table.get("entries", [])
 
 
 def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | None, dict[str, Any] | None]:
     """The fastest candidate in the nearest measured bucket, and that bucket; (None, None) where nothing was measured.
 
-    Buckets are powers of two; the nearest has the least sum of |log2| ratios over the sizes.
+    Buckets are powers of two; the nearest has the least sum of |log2| ratios over the sizes. float16, which is never
+    measured, takes the choices of bfloat16: the same units compute both on a GPU.
     """
-    dtype = str(problem.dtype).removeprefix("torch.")
+    dtype = "bfloat16" if problem.dtype == torch.float16 else str(problem.dtype).removeprefix("torch.")
     entries = [
         entry
         for entry in _table(problem.op, device_slug(problem.device))

@@ -1,8 +1,9 @@
-"""Measure the dispatch tables of this machine: `python -m inherit_kernels.tune [op …]`.
+"""Measure the tables of this machine: `python -m inherit_kernels.tune [op …] [--device cuda]`.
 
 Each op's folder names the cases to measure; the table goes to `configs/<op>/<device>.json`, where dispatch reads it. On an
 idle 2-core machine with bfloat16 units all four ops take about six minutes. Without them torch's bfloat16 is ten times slower:
-leave it out of large cases with `--rows 8` (four and a half minutes). Interrupting keeps the tables written.
+leave it out of large cases with `--rows 8` (four and a half minutes). On a GPU the Triton configurations are measured
+first, then the backends. Interrupting keeps the tables written; `--minutes` ends in time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import inherit_kernels
 from inherit_kernels.dispatch import TABLE_VERSION, device_slug, problem_of, table_path, use_backend
 from inherit_kernels.registry import OPS
-from inherit_kernels.testing.cases import Case, make_inputs
+from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.timing import time_interleaved
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -28,36 +29,49 @@ DTYPES = (torch.float32, torch.bfloat16)
 HOPELESS = 3
 
 
-def measure(op: str, case: Case, dtype: torch.dtype, training: bool, seconds: float) -> dict[str, Any] | None:
+def measure(
+    op: str, case: Case, dtype: torch.dtype, training: bool, seconds: float, device: str = "cpu"
+) -> dict[str, Any] | None:
     """One entry of a table: the medians of all backends but the reference, or None where fewer than two can serve."""
     spec = OPS[op]
-    inputs = make_inputs(op, case, dtype)
+    inputs = make_inputs(op, case, dtype, device=device)
     if training:
         inputs = {name: value if value is None else value.requires_grad_() for name, value in inputs.items()}
-    names = [part.split()[-1] for part in spec.options.split(", ")]
-    options = dict(zip(names, spec.default_options, strict=True)) | case.options
-    tensors, chosen = spec.normalise(tuple(inputs.values()), tuple(options.values()))
+    tensors, chosen = arguments_of(op, inputs, case)
     problem = problem_of(spec, tensors, chosen, training)
     candidates = {
-        name: _call(op, inputs, case.options, name, training)
+        name: call_of(op, inputs, case.options, name, training)
         for name, backend in spec.backends.items()
         if name != "reference" and backend.supports(problem) is None
     }
     if len(candidates) < 2:
         return None
+    medians = _medians_on_gpu(candidates) if device == "cuda" else _medians_on_cpu(candidates, seconds)
+    if len(medians) < 2:
+        return None
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "training": training,
+        "sizes": problem.sizes,
+        "microseconds": {name: round(medians[name], 1) for name in candidates if name in medians},
+    }
+
+
+def _medians_on_cpu(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     once = {name: _seconds(call) for name, call in candidates.items()}
     hopeless = {name: first for name, first in once.items() if first > HOPELESS * min(once.values())}
     timings = time_interleaved(
         {name: call for name, call in candidates.items() if name not in hopeless}, seconds=seconds
     )
-    medians = {name: timing.median for name, timing in timings.items()}
-    medians |= {name: first * 1e6 for name, first in hopeless.items()}
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "training": training,
-        "sizes": problem.sizes,
-        "microseconds": {name: round(medians[name], 1) for name in candidates},
+    return {name: timing.median for name, timing in timings.items()} | {
+        name: first * 1e6 for name, first in hopeless.items()
     }
+
+
+def _medians_on_gpu(candidates: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    from inherit_kernels.testing.gpu_timing import time_on_gpu
+
+    return {name: timing.median for name, timing in time_on_gpu(candidates).items()}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -71,7 +85,10 @@ def _seconds(call: Callable[[], Any]) -> float:
     return elapsed
 
 
-def _call(op: str, inputs: dict[str, Any], options: dict[str, Any], backend: str, training: bool) -> Callable[[], Any]:
+def call_of(
+    op: str, inputs: dict[str, Any], options: dict[str, Any], backend: str, training: bool
+) -> Callable[[], Any]:
+    """The forward of a case on a backend as a call without arguments, or its forward and backward."""
     function = getattr(inherit_kernels, op)
     leaves = [value for value in inputs.values() if value is not None]
 
@@ -85,49 +102,88 @@ def _call(op: str, inputs: dict[str, Any], options: dict[str, Any], backend: str
     return lambda: torch.autograd.grad(forward(), leaves, cotangent)
 
 
-def write_table(op: str, slug: str, entries: list[dict[str, Any]]) -> None:
-    """Write aside, then rename: a table is whole or not there. One entry a line, so that changes can be read."""
+def write_table(op: str, slug: str, **tables: Any) -> None:
+    """Put `entries` (a list) or `kernels` (a list by kernel) into a table, keeping its other part.
+
+    Written aside, then renamed: a table is whole or not there. One entry a line, so that changes can be read.
+    """
     path = table_path(op, slug)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_by = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    head = {"version": TABLE_VERSION, "op": op, "device": slug, **made_by}
-    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    parts = {name: tables.get(name, kept.get(name)) for name in ("kernels", "entries")}
+    head = {"version": TABLE_VERSION, "op": op, "device": slug, "torch": torch.__version__}
+    if slug.startswith("cpu"):
+        head["threads"] = torch.get_num_threads()
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(head)[:-1] + ', "entries": [\n' + lines + "\n]}\n")
+    aside.write_text(_as_text(head, parts))
     os.replace(aside, path)
+
+
+def _as_text(head: dict[str, Any], parts: dict[str, Any]) -> str:
+    def lines(entries: list[Any]) -> str:
+        return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]"
+
+    text = json.dumps(head)[:-1]
+    if parts["kernels"]:
+        kernels = ",\n".join(f"{json.dumps(name)}: {lines(found)}" for name, found in parts["kernels"].items())
+        text += ', "kernels": {\n' + kernels + "\n}"
+    if parts["entries"]:
+        text += ', "entries": ' + lines(parts["entries"])
+    return text + "}\n"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m inherit_kernels.tune", description="Measure the dispatch tables.")
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all when none is named")
-    parser.add_argument("--seconds", type=float, default=0.05, help="time for each backend of each case")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop measuring in time; what was measured is kept")
+    parser.add_argument("--seconds", type=float, default=0.05, help="time for each backend of each case, on a CPU")
     parser.add_argument("--rows", type=int, metavar="N", help="bfloat16 only up to N rows or images; all by default")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(OPS)
     if unknown:
         parser.error(f"op: expected one of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    ops = arguments.ops or list(OPS)
+    start, share = time.monotonic(), 60 * arguments.minutes / len(ops)
+    for i, op in enumerate(ops):
+        end = start + (i + 1) * share
+        if arguments.device == "cuda":
+            from inherit_kernels.tune_kernels import tune_kernels
+
+            tune_kernels(op, time.monotonic() + 0.6 * (end - time.monotonic()))
+        tune_dispatch(op, arguments.device, arguments.seconds, arguments.rows, end)
+
+
+def tune_dispatch(op: str, device: str, seconds: float, rows: int | None, end: float) -> None:
+    """Measure the backends of an op on its tuning cases until `end`, and write the entries."""
     from rich.progress import track
 
-    slug = device_slug(torch.device("cpu"))
-    for op in arguments.ops or OPS:
-        cases = import_module(f"inherit_kernels.ops.{op}.cases").tuning_cases()
-        grid = [
-            (case, dtype, training)
-            for case in cases
-            for dtype in DTYPES
-            for training in (False, True)
-            if dtype == torch.float32 or arguments.rows is None or case.shapes["x"][0] <= arguments.rows
-        ]
-        entries = [measure(op, *point, arguments.seconds) for point in track(grid, description=op)]
-        found = [entry for entry in entries if entry]
-        if not found:
-            print(f"{op}: only one backend can serve here, so there is nothing to choose")
-            continue
-        write_table(op, slug, found)
-        wins = [min(entry["microseconds"], key=entry["microseconds"].get) for entry in found]
-        counts = ", ".join(f"{name} fastest {wins.count(name)}" for name in sorted(set(wins)))
-        print(f"{op}: {len(found)} measured, {counts} -> {table_path(op, slug)}")
+    slug = device_slug(torch.device(device))
+    module = import_module(f"inherit_kernels.ops.{op}.cases")
+    grid = [
+        (case, dtype, training)
+        for training in (False, True)
+        for dtype in reversed(DTYPES)
+        for case in (module.gpu_tuning_cases() if device == "cuda" else module.tuning_cases())
+        if dtype == torch.float32 or rows is None or case.shapes["x"][0] <= rows
+    ]
+    found, skipped = [], 0
+    for point in track(grid, description=op):
+        if time.monotonic() > end:
+            skipped += 1
+        elif entry := measure(op, *point, seconds, device):
+            found.append(entry)
+    if not found:
+        print(f"{op}: only one backend can serve here, so there is nothing to choose")
+        return
+    write_table(op, slug, entries=found)
+    wins = [min(entry["microseconds"], key=entry["microseconds"].get) for entry in found]
+    counts = ", ".join(f"{name} fastest {wins.count(name)}" for name in sorted(set(wins)))
+    left = f", {skipped} cases left out for lack of time" if skipped else ""
+    print(f"{op}: {len(found)} measured, {counts}{left} -> {table_path(op, slug)}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Launch:
 
 _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
-_forced: ContextVar[dict[str, Config] | None] = ContextVar("forced", default=None)
+_forced: dict[str, Config] = {}  # no ContextVar: a backward on a GPU runs in a thread of autograd's own
 
 
 def interpreting() -> bool:
@@ -107,12 +107,14 @@ def tracing() -> Iterator[None]:
 
 @contextmanager
 def forced_configs(configs: dict[str, Config]) -> Iterator[None]:
-    """Forces the configuration of each kernel named, for tuning and tests."""
-    token = _forced.set(configs)
+    """Forces the configuration of each kernel named, for tuning and tests, in all threads."""
+    before = dict(_forced)
+    _forced.update(configs)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.clear()
+        _forced.update(before)
 
 
 # --- configurations ----------------------------------------------------------------------------------------------------
@@ -128,9 +130,8 @@ def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, s
         kernel: the kernel's name in the table, such as "forward".
         sizes: the letters that buckets may name, with `BR`. Symbolic sizes count by their hint.
     """
-    forced = _forced.get()
-    if forced is not None and kernel in forced:
-        return forced[kernel]
+    if kernel in _forced:
+        return _forced[kernel]
     hints = tuple((letter, hint_of(size)) for letter, size in sizes.items())
     return _config(op, kernel, 32 if dtype == torch.float32 else 16, _slug(device), hints)
 

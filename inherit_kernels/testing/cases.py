@@ -68,6 +68,14 @@ def make_inputs(
     return tensors
 
 
+def arguments_of(op: str, inputs: dict[str, Tensor | None], case: Case) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tensors and the options that a backend of the op gets for a case."""
+    spec = OPS[op]
+    names = [part.split()[-1] for part in spec.options.split(", ")]
+    options = dict(zip(names, spec.default_options, strict=True)) | case.options
+    return spec.normalise(tuple(inputs.values()), tuple(options.values()))
+
+
 def _laid_out(value: Tensor, layout: str, is_image: bool) -> Tensor:
     if layout == "strided" and value.dim() > 0:
         wide = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 1), float("nan"))

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from inherit_kernels.common.triton_launch import Launch
+from inherit_kernels.common.triton_launch import Launch, recording
+from inherit_kernels.registry import OPS
+from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 
 #: Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -108,3 +110,19 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump reported no resources: {text!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def record(op: str, case: Case, dtype: torch.dtype, training: bool = False, layout: str = "contiguous") -> list[Launch]:
+    """The launches of a forward, or of a forward and a backward with every gradient, on tensors without memory."""
+    spec = OPS[op]
+    inputs = make_inputs(op, case, dtype, device="meta", layout=layout)
+    tensors, options = arguments_of(op, inputs, case)
+    backend = spec.backends["triton"]
+    with recording() as launches:
+        if not training:
+            backend.forward(*tensors, *options)
+            return launches
+        y, t = backend.forward_saving(*tensors, *options)
+        needs = [tensor is not None for tensor in tensors[:-1]]
+        backend.backward(torch.empty_like(y), t, *tensors[:-1], *options[:-1], None, needs)
+    return launches

@@ -78,3 +78,14 @@ def tuning_cases() -> list[Case]:
         for m in (1, 8, 64, 512, 4096)
         if r * (k + n) < k * n
     ]
+
+
+def gpu_tuning_cases() -> list[Case]:
+    """The same for a GPU: few rows to many, square layers and those of a transformer."""
+    return [
+        case(f"{m}x{k}->{r}->3x{n}", (m,), k, n, r, 3)
+        for k, n in ((4096, 4096), (1024, 1024), (4096, 11008), (11008, 4096))
+        for m in (1, 16, 64, 256, 1024, 4096, 16384)
+        for r in (64, 128, 256, 32, 512, 16)
+        if r * (k + n) < k * n
+    ]

@@ -80,3 +80,13 @@ def tuning_cases() -> list[Case]:
         for k in (1, 3)
         for b in (1, 8, 32)
     ]
+
+
+def gpu_tuning_cases() -> list[Case]:
+    """The same for a GPU: the layers of residual networks, at batch 32 and 1."""
+    return [
+        case(f"b{b}_c{c}_{side}x{side}_r{r}_k3", (b,), c, (side, side), c, r, (3, 3), padding=1)
+        for b in (32, 1)
+        for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))
+        for r in (c // 4, c // 2)
+    ]
