@@ -6,7 +6,7 @@ the support table) iterates `OPS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,10 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("inherit_kernels", "DEF")
 OPS: dict[str, OpSpec] = {}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: `SERVES` and `PROVEN` of a backend that is plain torch.
+EVERYWHERE = {"cpu": _FLOATS, "cuda": _FLOATS}
+PLAIN_TORCH = {"cpu": "tests on CPU", "cuda": "the same code on CPU"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Backend(Protocol):
 
     checks_arguments: bool  # bad input makes it fail, never read out of bounds or broadcast
 
+    @property
+    def SERVES(self) -> Mapping[str, Sequence[torch.dtype]]: ...  # kind of device -> dtypes, if all of it is built
+    @property
+    def PROVEN(self) -> Mapping[str, str]: ...  # kind of device -> how the tests prove it, for the support table
     def supports(self, problem: Problem) -> str | None: ...  # None, or one sentence why not
     def forward(self, *args: Any) -> Tensor: ...
     def forward_saving(self, *args: Any) -> tuple[Tensor, Tensor]: ...
@@ -95,6 +103,8 @@ class ReferenceBackend:
     """The definition itself as a backend; its backward differentiates it."""
 
     checks_arguments = False
+    SERVES = EVERYWHERE
+    PROVEN = PLAIN_TORCH
 
     def __init__(self, name: str, reference: Callable[..., Tensor], fake: Callable[..., tuple[Tensor, Tensor]]):
         self.name, self.forward, self.fake = name, reference, fake

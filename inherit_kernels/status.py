@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -11,9 +12,8 @@ from importlib import metadata
 import torch
 
 from inherit_kernels import _native
-from inherit_kernels.common.checks import DTYPES
 from inherit_kernels.dispatch import device_slug, forced_backend, table_path
-from inherit_kernels.registry import OPS, Problem
+from inherit_kernels.registry import OPS
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,34 @@ def _version() -> str:
 
 
 def support_table() -> str:
-    """Which backend of which op serves which device and dtype, with its backward, as a Markdown table.
+    """Which backend serves which ops and dtypes on which device, and how that was proven, as a Markdown table.
 
-    Generated from the registry; the README holds a copy that a test compares.
+    Generated from the registry and the committed measurements; the README holds a copy that a test compares.
     """
-    lines = ["| op | backend | CPU | CUDA | backward |", "|---|---|---|---|---|"]
+    rows: dict[tuple[str, ...], list[str]] = {}
     for op, spec in OPS.items():
         for name, backend in spec.backends.items():
-            served = [
-                ", ".join(_short(dtype) for dtype in DTYPES if backend.supports(_somewhere(op, dtype, device)) is None)
-                or "–"
-                for device in ("cpu", "cuda")
-            ]
-            lines.append(f"| `{op}` | {name} | {served[0]} | {served[1]} | yes |")
+            for device, dtypes in backend.SERVES.items():
+                timed = ", ".join(measured_on(op, name, device))
+                proofs = backend.PROVEN[device] + (f"; timed on {timed}" if timed else "")
+                row = (name, device.upper(), ", ".join(map(_short, dtypes)), proofs)
+                rows.setdefault(row, []).append(f"`{op}`")
+    lines = ["| backend | device | ops | forward and backward in | proven by |", "|---|---|---|---|---|"]
+    for (name, device, dtypes, proofs), ops in sorted(rows.items()):
+        which = "all four" if len(ops) == len(OPS) else ", ".join(ops)
+        lines.append(f"| {name} | {device} | {which} | {dtypes} | {proofs} |")
     return "\n".join(lines)
 
 
-def _somewhere(op: str, dtype: torch.dtype, device: str) -> Problem:
-    return Problem(op, dtype, torch.device(device), {}, (), False)
+def measured_on(op: str, backend: str, device: str) -> list[str]:
+    """The devices whose committed dispatch table of an op holds timings of a backend."""
+    kinds = {"cpu": "cpu", "cuda": "nvidia"}
+    found = []
+    for path in sorted(table_path(op, "").parent.glob(f"{kinds[device]}*.json")):
+        entries = json.loads(path.read_text()).get("entries", [])
+        if any(backend in entry["microseconds"] for entry in entries):
+            found.append(path.stem)
+    return found
 
 
 def _short(dtype: torch.dtype) -> str:

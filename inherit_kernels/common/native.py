@@ -11,6 +11,9 @@ from torch import Tensor
 from inherit_kernels import _native
 from inherit_kernels.registry import Problem
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_PROOF = "tests on CPU; sanitizers"
+
 
 class _Kernels:
     """The native overloads by name, each looked up once: `torch.ops` attribute chains cost 0.2 µs a call."""
@@ -28,7 +31,7 @@ def declines(problem: Problem) -> str | None:
     """One sentence why no native CPU kernel can serve the problem, or None."""
     if problem.device.type != "cpu":
         return f"the native library has no kernel for {problem.device.type} tensors"
-    if problem.dtype not in (torch.float32, torch.bfloat16):
+    if problem.dtype not in CPU_DTYPES:
         return f"the native kernels take float32 and bfloat16, not {problem.dtype}"
     return None if _native.load() else _native.error
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import inherit_kernels
-from inherit_kernels import dispatch
+from inherit_kernels import _native, dispatch
 from inherit_kernels.registry import OPS, Problem
 
 X, DOWN, UP = torch.randn(4, 8), torch.randn(3, 8), torch.randn(5, 3)
@@ -151,3 +151,15 @@ def test_status_says_what_to_do_about_what_is_missing():
     assert torch.__version__ in text
     if not inherit_kernels._native.load():
         assert any("INHERIT_KERNELS_BUILD" in sentence or "install" in sentence for sentence in status.problems)
+
+
+def test_the_dtypes_that_a_backend_declares_for_this_machine_are_those_it_takes():
+    for op, spec in OPS.items():
+        for name, backend in spec.backends.items():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32):
+                problem = Problem(op, dtype, torch.device("cpu"), {}, (), False)
+                declared = dtype in backend.SERVES.get("cpu", ())
+                if backend.supports(problem) is None and dtype != torch.int32:
+                    assert declared or name == "triton", (op, name, dtype)  # which the interpreter runs on CPU tensors
+                elif declared:
+                    assert name == "native" and not _native.load(), (op, name, dtype)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.conv import Pair
-from inherit_kernels.common.native import declines, kernels, only_needed
+from inherit_kernels.common.native import CPU_DTYPES, CPU_PROOF, declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
 checks_arguments = True
+SERVES = {"cpu": CPU_DTYPES}
+PROVEN = {"cpu": CPU_PROOF}
 
 
 def supports(problem: Problem) -> str | None:

@@ -19,9 +19,11 @@ from inherit_kernels.common.conv import (
     memory_format_of,
 )
 from inherit_kernels.common.heads import exact_gate_of, gate_of, softmax_backward
-from inherit_kernels.registry import Problem
+from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
+SERVES = EVERYWHERE
+PROVEN = PLAIN_TORCH
 
 
 def supports(problem: Problem) -> str | None:

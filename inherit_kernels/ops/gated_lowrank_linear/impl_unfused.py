@@ -11,9 +11,11 @@ from torch import Tensor
 
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, side_by_side, softmax_backward
-from inherit_kernels.registry import Problem
+from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
+SERVES = EVERYWHERE
+PROVEN = PLAIN_TORCH
 
 
 def supports(problem: Problem) -> str | None:

@@ -17,9 +17,11 @@ from inherit_kernels.common.conv import (
     in_format,
     memory_format_of,
 )
-from inherit_kernels.registry import Problem
+from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
+SERVES = EVERYWHERE
+PROVEN = PLAIN_TORCH
 
 
 def supports(problem: Problem) -> str | None:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inherit_kernels.common.activation import activate
-from inherit_kernels.registry import Problem
+from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
+SERVES = EVERYWHERE
+PROVEN = PLAIN_TORCH
 
 
 def supports(problem: Problem) -> str | None:
