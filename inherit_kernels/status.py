@@ -89,9 +89,9 @@ def support_table() -> str:
                 row = (name, device.upper(), ", ".join(map(_short, dtypes)), proofs)
                 rows.setdefault(row, []).append(f"`{op}`")
     lines = ["| backend | device | ops | forward and backward in | proven by |", "|---|---|---|---|---|"]
-    for (name, device, dtypes, proofs), ops in sorted(rows.items()):
+    for (name, device, served, proofs), ops in sorted(rows.items()):
         which = "all four" if len(ops) == len(OPS) else ", ".join(ops)
-        lines.append(f"| {name} | {device} | {which} | {dtypes} | {proofs} |")
+        lines.append(f"| {name} | {device} | {which} | {served} | {proofs} |")
     return "\n".join(lines)
 
 
