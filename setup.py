@@ -5,6 +5,8 @@ INHERIT_KERNELS_BUILD   auto (default): build what the machine allows, never fai
 TORCH_CUDA_ARCH_LIST    as in torch, default "8.0;9.0a".  MAX_JOBS  parallel compilations.
 DEBUG=1                 assertions and NaN-filled scratch memory, symbols kept.  CXX, CUDA_HOME  as usual.
 
+`python setup.py native` builds the library into the source tree and needs no setuptools, however old or absent it is.
+
 The library uses torch's stable ABI (2.11): one binary serves every later torch, and only the files of csrc/cpu that
 adapt tensors see torch headers. torch is never a build requirement; it is found next to the interpreter that installs.
 """
@@ -21,10 +23,6 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODE = os.environ.get("INHERIT_KERNELS_BUILD", "auto") or "auto"
@@ -170,29 +168,44 @@ def call(command):
         raise CannotBuild(f"compiling failed, the end of the output: {done.stdout.strip()[-2000:]}")
 
 
+def build_native(target):
+    """Build the library `target`; what was not built, and why, goes into _build.json beside it."""
+    if MODE not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"INHERIT_KERNELS_BUILD is '{MODE}', expected auto, none, cpu or cuda")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a library left from an earlier build must not enter a pure wheel
+    notes = {}
+    if MODE == "none":
+        notes["error"] = "INHERIT_KERNELS_BUILD=none was set when this package was installed: unset it to build"
+    for kind in {"auto": ("cuda", "cpu"), "none": ()}.get(MODE, (MODE,)):
+        try:
+            plan = Plan(ROOT / "build" / ("native-debug" if DEBUG else "native"), kind == "cuda")
+            plan.run()
+            shutil.copyfile(plan.library, target)
+            notes["error"] = None
+            break
+        except (CannotBuild, OSError) as problem:
+            if MODE != "auto":
+                raise SystemExit(f"INHERIT_KERNELS_BUILD={MODE}: {problem}") from None
+            notes["error" if kind == "cpu" else "cuda_error"] = str(problem)
+    (target.parent / "_build.json").write_text(json.dumps(notes, indent=1) + "\n")
+    print(f"inherit_kernels: {notes['error'] or 'native library built'}", file=sys.stderr)
+
+
+if sys.argv[1:] == ["native"]:
+    build_native(ROOT / "inherit_kernels" / "_C.abi3.so")
+    sys.exit()
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+
 class BuildNative(build_ext):
-    """build_ext with our own commands; what was not built, and why, goes into inherit_kernels/_build.json."""
+    """build_ext with our own commands."""
 
     def build_extension(self, ext):
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a library left from an earlier build must not enter a pure wheel
-        notes = {}
-        if MODE == "none":
-            notes["error"] = "INHERIT_KERNELS_BUILD=none was set when this package was installed: unset it to build"
-        for kind in {"auto": ("cuda", "cpu"), "none": ()}.get(MODE, (MODE,)):
-            try:
-                plan = Plan(ROOT / "build" / ("native-debug" if DEBUG else "native"), kind == "cuda")
-                plan.run()
-                shutil.copyfile(plan.library, target)
-                notes["error"] = None
-                break
-            except (CannotBuild, OSError) as problem:
-                if MODE != "auto":
-                    raise SystemExit(f"INHERIT_KERNELS_BUILD={MODE}: {problem}") from None
-                notes["error" if kind == "cpu" else "cuda_error"] = str(problem)
-        (target.parent / "_build.json").write_text(json.dumps(notes, indent=1) + "\n")
-        print(f"inherit_kernels: {notes['error'] or 'native library built'}", file=sys.stderr)
+        build_native(Path(self.get_ext_fullpath(ext.name)))
 
     def copy_extensions_to_source(self):
         """In place: the library if there is one, and the note."""
@@ -214,8 +227,6 @@ class TaggedWheel(bdist_wheel):
         return ("py3", "none", "any") if self.root_is_pure else ("cp310", "abi3", platform_tag)
 
 
-if MODE not in ("auto", "none", "cpu", "cuda"):
-    raise SystemExit(f"INHERIT_KERNELS_BUILD is '{MODE}', expected auto, none, cpu or cuda")
 setup(
     packages=find_packages(include=["inherit_kernels*"]) + find_packages("python"),
     package_dir={"inhernet": "python/inhernet"},
