@@ -16,6 +16,10 @@
 #include "inherit_kernels/product.h"
 #include "isa.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace inherit_kernels {
 
 using torch::stable::Tensor;
