@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from inherit_kernels import _native
-from inherit_kernels.common.triton_launch import hint_of
+from inherit_kernels.common.triton_launch import hint
 from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
 
 TABLE_VERSION = 1
@@ -91,7 +91,7 @@ def select_traced(
     if backend is None or tensors[0].device.type != "cuda":
         return None
     problem = problem_of(spec, tensors, options, training)
-    hinted = replace(problem, sizes={letter: hint_of(size) for letter, size in problem.sizes.items()})
+    hinted = replace(problem, sizes={letter: hint(size) for letter, size in problem.sizes.items()})
     return backend if _decide(spec, hinted, forced) == "triton" else None
 
 

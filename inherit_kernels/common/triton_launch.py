@@ -132,11 +132,11 @@ def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, s
     """
     if kernel in _forced:
         return _forced[kernel]
-    hints = tuple((letter, hint_of(size)) for letter, size in sizes.items())
+    hints = tuple((letter, hint(size)) for letter, size in sizes.items())
     return _config(op, kernel, 32 if dtype == torch.float32 else 16, _slug(device), hints)
 
 
-def hint_of(size: Any) -> int:
+def hint(size: Any) -> int:
     """A size, or the example behind a symbolic one."""
     return size if isinstance(size, int) else int(size.node.hint)
 
