@@ -5,9 +5,13 @@
 namespace inherit_kernels {
 namespace cuda {
 
-size_t lowrank_linear_decode_workspace(const LinearCall& call) { return decode_workspace(call, false); }
+size_t lowrank_linear_decode_workspace(const LinearCall& call) {
+  return decode_workspace(call, false);
+}
 
-int lowrank_linear_decode(const LinearCall& call, void* stream) { return launch_decode_any<false>(call, stream); }
+int lowrank_linear_decode(const LinearCall& call, void* stream) {
+  return launch_decode_any<false>(call, stream);
+}
 
 }  // namespace cuda
 }  // namespace inherit_kernels

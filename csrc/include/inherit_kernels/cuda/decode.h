@@ -2,11 +2,11 @@
 //   down: partial sums of t over a part of `in` each, from about one block per SM, all weight loads in flight at once;
 //   up:   the partial sums added up in order, the gate, and 32 columns of y per block. It starts while `down` runs
 //         (sm_90) and has its first weights in registers before it waits for t.
-// Both multiply [16 rows, 8 columns] per warp: the rows are x or t, the columns 8 rows of a weight. A step is 64 bytes of
-// depth: lane 4 g + t loads 16 bytes of column g, quarter t, straight into the operand of mma16816, because a sum does not
-// mind that the depth of an mma is permuted alike on both sides. float32 multiplies the same 16 bytes by itself. One path
-// for 1 to 16 rows: an mma that is mostly padding costs nothing beside its weights, and a row's bits never depend on how
-// many rows come with it.
+// Both multiply [16 rows, 8 columns] per warp: the rows are x or t, the columns 8 rows of a weight. A step is 64 bytes
+// of depth: lane 4 g + t loads 16 bytes of column g, quarter t, straight into the operand of mma16816, because a sum
+// does not mind that the depth of an mma is permuted alike on both sides. float32 multiplies the same 16 bytes by
+// itself. One path for 1 to 16 rows: an mma that is mostly padding costs nothing beside its weights, and a row's bits
+// never depend on how many rows come with it.
 #pragma once
 
 #include "inherit_kernels/cuda/epilogue.h"
@@ -75,28 +75,76 @@ struct WeightTile {
   }
 };
 
-// The rows in global memory.
+// Rows that a warp multiplies by. multiply() calls begin() for each slot's first step, and for every step ready(),
+// load(), done() with the step that takes the slot next.
+
+// x in global memory, read when needed: for rows that 16-byte copies cannot reach.
 template <class T, bool kVector>
-struct GlobalRows {
+struct InputRows {
   const T* p;
   int64_t ld, depth;
   int count;
 
-  __device__ __forceinline__ uint4 load(int row, int depth_step) const {
-    int64_t o_depth = static_cast<int64_t>(depth_step) * kStep<T> + threadIdx.x % 4 * Pack<T>::kCount;
-    return load_pack<T, kVector, false>(p + row * ld + o_depth, row < count ? depth - o_depth : 0);
+  __device__ __forceinline__ InputRows(const DecodeArgs& a, char*)
+      : p(static_cast<const T*>(a.call.x)), ld(a.call.ld_x), depth(a.call.in), count(static_cast<int>(a.call.rows)) {}
+  __device__ __forceinline__ void begin(int, int, bool) const {}
+  __device__ __forceinline__ void ready() const {}
+  __device__ __forceinline__ uint4 load(int row, int, int step) const {
+    int64_t o_depth = static_cast<int64_t>(step) * kStep<T> + threadIdx.x % 4 * Pack<T>::kCount;
+    return load_pack<T, false, false>(p + row * ld + o_depth, row < count ? depth - o_depth : 0);
+  }
+  __device__ __forceinline__ void done(int, int, bool) const {}
+};
+
+// x on its way to shared memory, [kSlots, rows, 64 bytes] per warp, as far ahead as the weights: read when needed, each
+// step would wait for L2 anew.
+template <class T>
+struct InputRows<T, true> {
+  const T* p;
+  T* p_slots;
+  int64_t ld, depth;
+  int count;
+
+  __device__ __forceinline__ InputRows(const DecodeArgs& a, char* p_shared)
+      : p(static_cast<const T*>(a.call.x)), ld(a.call.ld_x), depth(a.call.in), count(static_cast<int>(a.call.rows)) {
+    p_slots = reinterpret_cast<T*>(p_shared) + threadIdx.x / 32 * kSlots<T> * count * kStep<T>;
+  }
+  static size_t bytes(int64_t count) { return static_cast<size_t>(64 * kWarps * kSlots<T> * count); }
+  __device__ __forceinline__ T* place(int slot, int row) const {
+    return p_slots + (slot * count + row) * kStep<T> + threadIdx.x % 4 * Pack<T>::kCount;
+  }
+  // One group of copies per slot, empty for a step that does not exist.
+  __device__ __forceinline__ void begin(int slot, int step, bool exists) const {
+    int64_t o_depth = static_cast<int64_t>(step) * kStep<T> + threadIdx.x % 4 * Pack<T>::kCount;
+    for (int row = static_cast<int>(threadIdx.x) % 32 / 4; exists && row < count; row += 8)
+      copy16_async(place(slot, row), p + row * ld + o_depth, o_depth < depth);
+    commit_copies();
+  }
+  __device__ __forceinline__ void ready() const {
+    wait_copies<kSlots<T> - 1>();
+    __syncwarp();
+  }
+  __device__ __forceinline__ uint4 load(int row, int slot, int) const {
+    return row < count ? load16(place(slot, row)) : uint4{0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void done(int slot, int next, bool exists) const {
+    __syncwarp();
+    begin(slot, next, exists);
   }
 };
 
-// The rows in shared memory: [16, ld], whole steps, zeros beyond rank and rows.
+// t in shared memory: [16, ld], whole steps, zeros beyond rank and rows.
 template <class T>
-struct SharedRows {
+struct RankRows {
   const T* p;
   int ld, count;
 
-  __device__ __forceinline__ uint4 load(int row, int depth_step) const {
+  __device__ __forceinline__ void begin(int, int, bool) const {}
+  __device__ __forceinline__ void ready() const {}
+  __device__ __forceinline__ uint4 load(int row, int, int depth_step) const {
     return load16(p + row * ld + depth_step * kStep<T> + threadIdx.x % 4 * Pack<T>::kCount);
   }
+  __device__ __forceinline__ void done(int, int, bool) const {}
 };
 
 // The gates of shared memory, [16, heads]; or one head without.
@@ -112,10 +160,11 @@ struct TileSums {
   Accumulator sum = {};
 
   template <bool kGated, class Rows>
-  __device__ __forceinline__ void add(uint4 w, const Rows& rows, int depth_step, const Gates& gates, int head) {
+  __device__ __forceinline__ void add(uint4 w, const Rows& rows, int slot, int depth_step, const Gates& gates,
+                                      int head) {
     int g = static_cast<int>(threadIdx.x % 32) / 4;
-    uint4 low = rows.load(g, depth_step), high = {0, 0, 0, 0};
-    if (rows.count > 8) high = rows.load(g + 8, depth_step);
+    uint4 low = rows.load(g, slot, depth_step), high = {0, 0, 0, 0};
+    if (rows.count > 8) high = rows.load(g + 8, slot, depth_step);
     Accumulator fresh = {};
     Accumulator& into = kGated ? fresh : sum;
     mma16816<T>(into, FragmentA{{low.x, high.x, low.y, high.y}}, FragmentB{{w.x, w.y}});
@@ -141,12 +190,13 @@ struct TileSums<float> {
   float sum[kMaxRows] = {};
 
   template <bool kGated, class Rows>
-  __device__ __forceinline__ void add(uint4 w, const Rows& rows, int depth_step, const Gates& gates, int head) {
+  __device__ __forceinline__ void add(uint4 w, const Rows& rows, int slot, int depth_step, const Gates& gates,
+                                      int head) {
     Pack<float> b_w = unpack<float>(w);
 #pragma unroll
     for (int row = 0; row < kMaxRows; ++row) {
-      if (row >= rows.count) continue;
-      Pack<float> b_row = unpack<float>(rows.load(row, depth_step));
+      if (row >= rows.count) break;
+      Pack<float> b_row = unpack<float>(rows.load(row, slot, depth_step));
       float dot = kGated ? 0.0f : sum[row];
 #pragma unroll
       for (int i = 0; i < 4; ++i) dot += b_w.v[i] * b_row.v[i];
@@ -164,8 +214,23 @@ struct TileSums<float> {
   }
 };
 
-// Steps first, first + stride, ... before last, of which the first kSlots are in b_slots; their successors follow as each
-// slot becomes free.
+template <bool kGated, class T, bool kVector, class Rows>
+__device__ __forceinline__ void fill_slots(uint4 (&b_slots)[kSlots<T>], const WeightTile<T, kVector>& weights,
+                                           const Rows& rows, int first, int last, int stride) {
+#pragma unroll
+  for (int slot = 0; slot < kSlots<T>; ++slot) {
+    int step = first + slot * stride;
+    b_slots[slot] = step < last ? weights.template load<kGated>(step) : uint4{0, 0, 0, 0};
+  }
+#pragma unroll
+  for (int slot = 0; slot < kSlots<T>; ++slot) {
+    int step = first + slot * stride;
+    rows.begin(slot, step, step < last);
+  }
+}
+
+// Steps first, first + stride, ... before last. fill_slots() has begun the first kSlots; their successors follow as
+// each slot becomes free.
 template <bool kGated, class T, bool kVector, class Rows>
 __device__ __forceinline__ void multiply(TileSums<T>& sums, const WeightTile<T, kVector>& weights,
                                          uint4 (&b_slots)[kSlots<T>], const Rows& rows, const Gates& gates, int first,
@@ -178,18 +243,10 @@ __device__ __forceinline__ void multiply(TileSums<T>& sums, const WeightTile<T, 
       uint4 b_w = b_slots[slot];
       if (next < last) b_slots[slot] = weights.template load<kGated>(next);
       int head = kGated ? step / weights.depth_steps : 0;
-      sums.template add<kGated>(b_w, rows, step - head * weights.depth_steps, gates, head);
+      rows.ready();
+      sums.template add<kGated>(b_w, rows, slot, step - head * weights.depth_steps, gates, head);
+      rows.done(slot, next, next < last);
     }
-  }
-}
-
-template <bool kGated, class T, bool kVector>
-__device__ __forceinline__ void fill_slots(uint4 (&b_slots)[kSlots<T>], const WeightTile<T, kVector>& weights, int first,
-                                           int last, int stride) {
-#pragma unroll
-  for (int slot = 0; slot < kSlots<T>; ++slot) {
-    int step = first + slot * stride;
-    b_slots[slot] = step < last ? weights.template load<kGated>(step) : uint4{0, 0, 0, 0};
   }
 }
 
@@ -203,14 +260,15 @@ __global__ void __launch_bounds__(kThreads, 2) decode_down_kernel(DecodeArgs a) 
   WeightTile<T, kVector> weights(c.down, 1, c.rank, c.in, rank0);
   int start = static_cast<int>(blockIdx.x) * a.steps_per_split;
   int end = start + a.steps_per_split < weights.steps() ? start + a.steps_per_split : weights.steps();
+  char* p_shared = shared_memory<char>();  // sums, then x
+  constexpr int kTile = kMaxRows * kTileColumns;
+  InputRows<T, kVector> rows(a, p_shared + sizeof(float) * kWarps * kTile);
   uint4 b_slots[kSlots<T>];
-  fill_slots<false>(b_slots, weights, start + warp, end, kWarps);
-  GlobalRows<T, kVector> rows = {static_cast<const T*>(c.x), c.ld_x, c.in, count};
+  fill_slots<false>(b_slots, weights, rows, start + warp, end, kWarps);
   TileSums<T> sums;
   multiply<false>(sums, weights, b_slots, rows, Gates{}, start + warp, end, kWarps);
 
-  float* p_sums = shared_memory<float>();  // [warps, 16, 8]
-  constexpr int kTile = kMaxRows * kTileColumns;
+  float* p_sums = reinterpret_cast<float*>(p_shared);  // [warps, 16, 8]
   sums.store(p_sums + warp * kTile, kTileColumns);
   __syncthreads();
   int i = static_cast<int>(threadIdx.x), row = i / kTileColumns;
@@ -276,7 +334,8 @@ __device__ __forceinline__ void make_gates(const T* p_t, int ld_t, const T* p_ga
   for (int i = static_cast<int>(threadIdx.x) / 32; i < count * heads; i += kWarps) {
     int row = i / heads, head = i % heads;
     float sum = 0.0f;
-    for (int r = lane; r < rank; r += 32) sum += to_float(p_t[row * ld_t + r]) * to_float(p_gate_weight[head * rank + r]);
+    for (int r = lane; r < rank; r += 32)
+      sum += to_float(p_t[row * ld_t + r]) * to_float(p_gate_weight[head * rank + r]);
     sum = warp_sum(sum);
     if (lane == 0) p_gates[i] = sum + p_gate_bias[head];
   }
@@ -295,8 +354,8 @@ __device__ __forceinline__ void make_gates(const T* p_t, int ld_t, const T* p_ga
   __syncthreads();
 }
 
-// Block: 32 columns of y. 8 warps: 4 tiles of 8 columns, and for each 2 groups that share the steps. 2 blocks per SM are
-// asked for so that one fits beside a block of the first launch.
+// Block: 32 columns of y. 8 warps: 4 tiles of 8 columns, and for each 2 groups that share the steps. 2 blocks per SM
+// are asked for so that one fits beside a block of the first launch.
 template <class T, bool kGated, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2) decode_up_kernel(DecodeArgs a) {
   const LinearCall& c = a.call;
@@ -315,7 +374,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_up_kernel(DecodeArgs a) {
   // All that does not depend on t, before it is waited for.
   WeightTile<T, kVector> weights(c.up, heads, c.out, c.rank, column0 + tile * kTileColumns);
   uint4 b_slots[kSlots<T>];
-  fill_slots<kGated>(b_slots, weights, group, weights.steps(), kUpGroups);
+  RankRows<T> rows = {p_t, layout.ld_t, count};
+  fill_slots<kGated>(b_slots, weights, rows, group, weights.steps(), kUpGroups);
   const T* p_c_bias = static_cast<const T*>(c.bias);
   const T* p_residual = static_cast<const T*>(c.residual);
   int column = thread % kUpColumns;
@@ -346,7 +406,6 @@ __global__ void __launch_bounds__(kThreads, 2) decode_up_kernel(DecodeArgs a) {
 
   Gates gates = {p_gates, heads};
   TileSums<T> sums;
-  SharedRows<T> rows = {p_t, layout.ld_t, count};
   multiply<kGated>(sums, weights, b_slots, rows, gates, group, weights.steps(), kUpGroups);
   sums.store(p_sums + group * kMaxRows * kUpColumns + tile * kTileColumns, kUpColumns);
   __syncthreads();

@@ -13,8 +13,8 @@ inline bool decode_supports(const LinearCall& c, bool gated) {
   return heads && sizes && c.dtype >= 0 && c.dtype <= 2 && c.activation >= 0 && c.activation <= 4;
 }
 
-// Parts of `in`: about kTargetBlocks blocks in all, each with work for its warps. A function of the layer alone, so that
-// a row's sums have one order whatever rows come with it.
+// Parts of `in`: about kTargetBlocks blocks in all, each with work for its warps. A function of the layer alone, so
+// that a row's sums have one order whatever rows come with it.
 inline DecodeArgs decode_args(const LinearCall& c) {
   int element = c.dtype == 0 ? 4 : 2;
   int steps = static_cast<int>((c.in * element + 63) / 64);
@@ -50,6 +50,7 @@ int launch_decode(const LinearCall& c, cudaStream_t stream) {
   down.grid = dim3(static_cast<unsigned>(args.splits), static_cast<unsigned>(args.ld_partials / kTileColumns));
   down.block = dim3(kThreads);
   down.shared_bytes = sizeof(float) * kWarps * kMaxRows * kTileColumns;
+  if (wide_down) down.shared_bytes += InputRows<T, true>::bytes(c.rows);
   cudaError_t error =
       launch(down, stream, wide_down ? decode_down_kernel<T, true> : decode_down_kernel<T, false>, args);
   if (error != cudaSuccess) return static_cast<int>(error);

@@ -7,9 +7,9 @@
 namespace inherit_kernels {
 namespace cuda {
 
-// t = x down^T; y = act(sum_h g_h (up_h t + bias_h) + residual), g = softmax(t gate_weight^T + gate_bias) per row, or one
-// head without a gate. Device pointers, elements of `dtype`, null where optional and absent. Weights are contiguous; rows
-// of x, residual and y lie ld_* elements apart, their elements side by side. y overlaps nothing else.
+// t = x down^T; y = act(sum_h g_h (up_h t + bias_h) + residual), g = softmax(t gate_weight^T + gate_bias) per row, or
+// one head without a gate. Device pointers, elements of `dtype`, null where optional and absent. Weights are
+// contiguous; rows of x, residual and y lie ld_* elements apart, their elements side by side. y overlaps nothing else.
 struct LinearCall {
   const void* x;            // [rows, in]
   const void* down;         // [rank, in]
