@@ -129,7 +129,7 @@ def run_sanitized(module: Path, code: str) -> subprocess.CompletedProcess[str]:
     library = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "LD_PRELOAD": os.path.realpath(library.stdout.strip()),
-        "TSAN_OPTIONS": f"exitcode={RACE_EXIT} report_signal_unsafe=0 halt_on_error=0 history_size=4",
+        "TSAN_OPTIONS": f"exitcode={RACE_EXIT} report_signal_unsafe=0 history_size=0",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
     }

@@ -18,7 +18,8 @@ namespace inherit_kernels::emulation {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kResidentThreads = 8192;  // two mappings each, of the 65,530 that Linux allows
+// Two mappings each, of the 65,530 that Linux allows; ThreadSanitizer has several more and 1 MB for each.
+constexpr size_t kResidentThreads = kSanitized ? 1024 : 8192;
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kIdlePolls = 200000;  // polls in a row, with nothing else done, that count as a deadlock
 
