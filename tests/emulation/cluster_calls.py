@@ -1,0 +1,132 @@
+"""Calls the emulated cluster kernels and the small-map convolution on numpy arrays.
+
+No torch here: a process under ThreadSanitizer imports this module. Inputs are dictionaries of uint16 arrays that hold
+float16 or bfloat16 bits; everything lies in guarded memory, outputs start as NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from emulation.build import Array, to_bits
+
+SOURCES = (
+    "csrc/cuda/lowrank_linear_sm90.cu",
+    "csrc/cuda/gated_lowrank_linear_sm90.cu",
+    "csrc/cuda/gated_lowrank_conv2d.cu",
+    "csrc/cuda/gated_lowrank_conv2d_sm90.cu",
+    "tests/emulation/bind_cluster_kernels.cpp",
+)
+DTYPES = {"float16": 1, "bfloat16": 2}
+NOT_SUPPORTED = 801
+
+
+def rows_with_gaps(values: np.ndarray, gap: int) -> np.ndarray:
+    """[..., n] -> [..., n + gap], the gap NaN: a dense array's view from row to row."""
+    return np.concatenate([values, np.full((*values.shape[:-1], gap), 0xFFFF, values.dtype)], -1)
+
+
+def linear_inputs(dtype, rows, k, rank, out, heads=0, bias=True, residual=True, seed=0):
+    """Random inputs of order one; heads = 0 is the plain op."""
+    random = np.random.default_rng(seed)
+
+    def numbers(*shape, scale=1.0):
+        return to_bits(random.standard_normal(shape) * scale, dtype)
+
+    many = (heads,) if heads else ()
+    inputs = {
+        "x": numbers(rows, k),
+        "down": numbers(rank, k, scale=k**-0.5),
+        "up": numbers(*many, out, rank, scale=rank**-0.5),
+    }
+    if heads:
+        inputs |= {"gate_weight": numbers(heads, rank), "gate_bias": numbers(heads)}
+    if bias:
+        inputs["bias"] = numbers(*many, out)
+    if residual:
+        inputs["residual"] = numbers(rows, out)
+    return inputs
+
+
+def run_linear(module, dtype, inputs, *, gap=0, want_t=True, launch=True, prefix=None, **fields):
+    """y, t and the launcher's status; `gap` elements lie between rows of x, down, up, residual and y.
+
+    `prefix(call)` runs with the finished fields before the launch.
+    """
+    gated = "gate_weight" in inputs
+    rows, k = inputs["x"].shape
+    out, rank = inputs["up"].shape[-2:]
+    given = {
+        name: Array.of(module, rows_with_gaps(value, gap) if name in ("x", "down", "up", "residual") else value)
+        for name, value in inputs.items()
+    }
+    y = Array(module, (rows, out + gap), np.uint16)
+    t = Array(module, (rows, rank), np.uint16)
+    call = {name: array.address for name, array in given.items()} | {"y": y.address}
+    if want_t:
+        call["t"] = t.address
+    call |= {"x_stride": k + gap, "down_stride": k + gap, "up_stride": rank + gap, "residual_stride": out + gap}
+    call |= {"y_stride": out + gap, "t_stride": rank, "rows": rows, "in": k, "rank": rank, "out": out}
+    call |= {"dtype": DTYPES[dtype], "multiprocessors": 132}
+    if gated:
+        call |= {"heads": inputs["up"].shape[0], "up_head_stride": out * (rank + gap)}
+    call |= fields
+    name = "gated_lowrank_linear_sm90" if gated else "lowrank_linear_sm90"
+    status = getattr(module, name)(call)
+    module.synchronize()
+    assert np.all(y.read()[:, out:] == 0xFFFF), "a gap between rows of y was written"
+    if not want_t:
+        assert np.all(t.read() == 0xFFFF)
+    return y.read()[:, :out], t.read(), status
+
+
+def conv_inputs(dtype, batch, size, channels, rank, out, heads=3, kernel=(3, 3), bias=True, residual=None, seed=0):
+    """Channels-last inputs; `residual` is the output's (height, width) or None."""
+    random = np.random.default_rng(seed)
+
+    def numbers(*shape, scale=1.0):
+        return to_bits(random.standard_normal(shape) * scale, dtype)
+
+    window = channels * kernel[0] * kernel[1]
+    inputs = {
+        "x": numbers(batch, *size, channels) if batch else np.zeros((0, *size, channels), np.uint16),
+        "down": numbers(rank, *kernel, channels, scale=window**-0.5),
+        "up": numbers(heads, out, rank, scale=rank**-0.5),
+        "gate_weight": numbers(heads, rank, scale=4.0),
+        "gate_bias": numbers(heads),
+    }
+    if bias:
+        inputs["bias"] = numbers(heads, out)
+    if residual:
+        inputs["residual"] = numbers(batch, *residual, out)
+    return inputs
+
+
+def out_size(size, kernel, stride, padding, dilation):
+    return tuple(
+        (s + 2 * p - d * (k - 1) - 1) // st + 1
+        for s, k, st, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+
+
+def run_conv(module, dtype, inputs, *, sm90=False, stride=(1, 1), padding=(0, 0), dilation=(1, 1), want_t=True, **fields):
+    """y [batch, ho, wo, out], t [batch, ho, wo, rank] and the launcher's status."""
+    batch, height, width, channels = inputs["x"].shape
+    rank, *kernel, _ = inputs["down"].shape
+    heads, out, _ = inputs["up"].shape
+    ho, wo = out_size((height, width), kernel, stride, padding, dilation)
+    given = {name: Array.of(module, value) for name, value in inputs.items()}
+    y, t = Array(module, (batch, ho, wo, out), np.uint16), Array(module, (batch, ho, wo, rank), np.uint16)
+    call = {name: array.address for name, array in given.items()} | {"y": y.address}
+    if want_t:
+        call["t"] = t.address
+    call |= {"batch": batch, "channels": channels, "rank": rank, "out": out, "heads": heads, "height": height}
+    call |= {"width": width, "out_height": ho, "out_width": wo, "dtype": DTYPES[dtype], "multiprocessors": 132}
+    for name, pair in {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}.items():
+        call |= {f"{name}_height": pair[0], f"{name}_width": pair[1]}
+    call |= fields
+    status = getattr(module, "gated_lowrank_conv2d_sm90" if sm90 else "gated_lowrank_conv2d")(call)
+    module.synchronize()
+    if not want_t:
+        assert np.all(t.read() == 0xFFFF)
+    return y.read(), t.read(), status
