@@ -101,18 +101,27 @@ __device__ __forceinline__ float gate_of_row(const GatedLowrankLinearSm90Call& c
   constexpr int kLanes = RankLayout<kRank>::kRowUnits;
   const T* p_weight = static_cast<const T*>(call.gate_weight) + unit * kUnit;
   const T* p_bias = static_cast<const T*>(call.gate_bias);
+  constexpr int kAtOnce = 4;  // heads, so that their loads and shuffles overlap
   float logit = -INFINITY;
-  for (int head = 0; head < call.heads; ++head) {
-    float sum = 0.0f, weight[kUnit];
-    if (unit * kUnit < call.rank) {
-      load_unit(weight, p_weight + head * call.rank, kUnit, true);
+  for (int first = 0; first < call.heads; first += kAtOnce) {
+    float sum[kAtOnce] = {}, weight[kUnit];
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) sum += t[i] * weight[i];
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (first + n >= call.heads || unit * kUnit >= call.rank) continue;
+      load_unit(weight, p_weight + (first + n) * call.rank, kUnit, true);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) sum[n] += t[i] * weight[i];
     }
 #pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (unit == head) logit = p_bias ? sum + to_float(p_bias[head]) : sum;
+    for (int mask = kLanes / 2; mask > 0; mask /= 2)
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) sum[n] += shuffle_xor(sum[n], mask);
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n)
+      if (unit == first + n) logit = sum[n];
   }
+  if (unit >= call.heads) logit = -INFINITY;
+  if (p_bias && unit < call.heads) logit += to_float(p_bias[unit]);
   float largest = logit;
 #pragma unroll
   for (int mask = kMaxHeads / 2; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
@@ -163,33 +172,48 @@ __device__ __forceinline__ void multiply_up(Accumulator (&acc)[2][4], LinearCopi
   }
 }
 
-// z += the bias, then y = act(z + residual) for this warp's 32 x 32 outputs.
+// y = act(acc + bias + residual) for this warp's 32 x 32 outputs; the loads of its four rows go out together.
 template <class T, bool kGated>
 __device__ __forceinline__ void store_outputs(const GatedLowrankLinearSm90Call& call, const Accumulator (&acc)[2][4],
                                               int64_t first_row, int64_t first_column, const float* p_gates) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kRows = 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp % 2 * 32 + lane / 4;
   const int64_t column = first_column + warp / 2 * 32 + lane % 4 * kUnit, count = call.out - column;
   const T *p_bias = static_cast<const T*>(call.bias), *p_residual = static_cast<const T*>(call.residual);
   const bool bias_aligned = aligned16(p_bias, call.out), y_aligned = aligned16(call.y, call.y_stride);
   const bool residual_aligned = aligned16(p_residual, call.residual_stride);
+  float z[kRows][kUnit];
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int i = 0; i < kRows; ++i) gather_row_unit(z[i], acc[i / 2], i % 2);
+  if (count <= 0) return;
+  if (p_bias) {
+    for (int head = 0; head < call.heads; ++head) {
+      float bias[kUnit];
+      load_unit(bias, p_bias + head * call.out + column, count, bias_aligned);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile_row = warp % 2 * 32 + m * 16 + half * 8 + lane / 4;
-      const int64_t row = first_row + tile_row;
-      float z[kUnit];
-      gather_row_unit(z, acc[m], half);
-      if (row >= call.rows || count <= 0) continue;
-      if (p_bias && !kGated) add_unit(z, 1.0f, p_bias + column, count, bias_aligned);
-      if (p_bias && kGated)
-        for (int head = 0; head < call.heads; ++head)
-          add_unit(z, p_gates[tile_row * kMaxHeads + head], p_bias + head * call.out + column, count, bias_aligned);
-      if (p_residual) add_unit(z, 1.0f, p_residual + row * call.residual_stride + column, count, residual_aligned);
+      for (int i = 0; i < kRows; ++i) {
+        const float gate = kGated ? p_gates[(warp_row + i * 8) * kMaxHeads + head] : 1.0f;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) z[i] = activate(z[i], call.activation);
-      store_unit(static_cast<T*>(call.y) + row * call.y_stride + column, z, count, y_aligned);
+        for (int k = 0; k < kUnit; ++k) z[i][k] += gate * bias[k];
+      }
     }
+  }
+  if (p_residual) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = first_row + warp_row + i * 8;
+      add_unit(z[i], 1.0f, p_residual + row * call.residual_stride + column, row < call.rows ? count : 0,
+               residual_aligned);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t row = first_row + warp_row + i * 8;
+    if (row >= call.rows) continue;
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) z[i][k] = activate(z[i][k], call.activation);
+    store_unit(static_cast<T*>(call.y) + row * call.y_stride + column, z[i], count, y_aligned);
+  }
 }
 
 // total += gate of the row * acc

@@ -263,13 +263,22 @@ template <class T>
 __device__ __forceinline__ void take_gates(float* p_gates, const SampleConvArguments& call, const float* p_mean) {
   const int lane = threadIdx.x % 32;
   const T *p_weight = static_cast<const T*>(call.gate_weight), *p_bias = static_cast<const T*>(call.gate_bias);
+  constexpr int kAtOnce = 4;  // heads, so that their loads and shuffles overlap
   float logit = -INFINITY;
-  for (int head = 0; head < call.heads; ++head) {
-    float sum = 0.0f;
-    for (int64_t r = lane; r < call.rank; r += 32) sum += p_mean[r] * to_float(p_weight[head * call.rank + r]);
-    sum = warp_sum(sum);
-    if (lane == head) logit = p_bias ? sum + to_float(p_bias[head]) : sum;
+  for (int first = 0; first < call.heads; first += kAtOnce) {
+    float sum[kAtOnce] = {};
+    for (int64_t r = lane; r < call.rank; r += 32)
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+        if (first + n < call.heads) sum[n] += p_mean[r] * to_float(p_weight[(first + n) * call.rank + r]);
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      sum[n] = warp_sum(sum[n]);
+      if (lane == first + n) logit = sum[n];
+    }
   }
+  if (lane >= call.heads) logit = -INFINITY;
+  if (p_bias && lane < call.heads) logit += to_float(p_bias[lane]);
   const float largest = warp_max(logit);
   const float weight = lane < call.heads ? expf(logit - largest) : 0.0f;
   const float total = warp_sum(weight);
@@ -305,25 +314,29 @@ __device__ __forceinline__ void mix_heads(T* p_mixed, SampleCopies<T, kRank>& co
 template <class T>
 __device__ __forceinline__ void store_outputs(const SampleConvArguments& call, const Accumulator (&acc)[1][4],
                                               int64_t first_row, int rows, int64_t first_column, const float* p_gates) {
+  constexpr int kRows = 2;
   const int lane = threadIdx.x % 32;
   const int64_t column = first_column + lane % 4 * kUnit, count = call.out - column;
   const T *p_bias = static_cast<const T*>(call.bias), *p_residual = static_cast<const T*>(call.residual);
   const bool bias_aligned = aligned16(p_bias, call.out), y_aligned = aligned16(call.y, call.out);
   const bool residual_aligned = aligned16(p_residual, call.out);
+  float z[kRows][kUnit], bias[kUnit] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = half * 8 + lane / 4;
+  for (int i = 0; i < kRows; ++i) gather_row_unit(z[i], acc[0], i);
+  if (count <= 0) return;
+  if (p_bias)
+    for (int head = 0; head < call.heads; ++head)
+      add_unit(bias, p_gates[head], p_bias + head * call.out + column, count, bias_aligned);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = i * 8 + lane / 4;
+    if (row >= rows) continue;
     const int64_t place = (first_row + row) * call.out + column;
-    float z[kUnit];
-    gather_row_unit(z, acc[0], half);
-    if (row >= rows || count <= 0) continue;
-    if (p_bias)
-      for (int head = 0; head < call.heads; ++head)
-        add_unit(z, p_gates[head], p_bias + head * call.out + column, count, bias_aligned);
-    if (p_residual) add_unit(z, 1.0f, p_residual + place, count, residual_aligned);
+    float residual[kUnit] = {};
+    if (p_residual) load_unit(residual, p_residual + place, count, residual_aligned);
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) z[i] = activate(z[i], call.activation);
-    store_unit(static_cast<T*>(call.y) + place, z, count, y_aligned);
+    for (int k = 0; k < kUnit; ++k) z[i][k] = activate(z[i][k] + bias[k] + residual[k], call.activation);
+    store_unit(static_cast<T*>(call.y) + place, z[i], count, y_aligned);
   }
 }
 
