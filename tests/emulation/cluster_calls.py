@@ -48,11 +48,28 @@ def linear_inputs(dtype, rows, k, rank, out, heads=0, bias=True, residual=True, 
     return inputs
 
 
-def run_linear(module, dtype, inputs, *, gap=0, want_t=True, launch=True, prefix=None, **fields):
-    """y, t and the launcher's status; `gap` elements lie between rows of x, down, up, residual and y.
+class Launch:
+    """A prepared call: its arrays live as long as it does, and may be another call's inputs."""
 
-    `prefix(call)` runs with the finished fields before the launch.
-    """
+    def __init__(self, module, name, given, y, t, call):
+        self.module, self.name, self.given, self.y, self.t, self.call = module, name, given, y, t, call
+
+    def start(self) -> int:
+        return getattr(self.module, self.name)(self.call)
+
+    def declines(self) -> str | None:
+        return getattr(self.module, f"{self.name}_declines")(self.call)
+
+
+def finish(*launches: Launch) -> None:
+    """Starts all, one behind the other in one stream, and waits."""
+    for launch in launches:
+        assert launch.start() == 0, launch.declines()
+    launches[0].module.synchronize()
+
+
+def prepare_linear(module, dtype, inputs, *, gap=0, want_t=True, x=None, **fields) -> Launch:
+    """`gap` elements lie between rows of x, down, up, residual and y; `x` is an array of another launch."""
     gated = "gate_weight" in inputs
     rows, k = inputs["x"].shape
     out, rank = inputs["up"].shape[-2:]
@@ -60,24 +77,27 @@ def run_linear(module, dtype, inputs, *, gap=0, want_t=True, launch=True, prefix
         name: Array.of(module, rows_with_gaps(value, gap) if name in ("x", "down", "up", "residual") else value)
         for name, value in inputs.items()
     }
-    y = Array(module, (rows, out + gap), np.uint16)
-    t = Array(module, (rows, rank), np.uint16)
+    if x is not None:
+        given["x"] = x
+    y, t = Array(module, (rows, out + gap), np.uint16), Array(module, (rows, rank), np.uint16)
     call = {name: array.address for name, array in given.items()} | {"y": y.address}
-    if want_t:
-        call["t"] = t.address
+    call |= {"t": t.address} if want_t else {}
     call |= {"x_stride": k + gap, "down_stride": k + gap, "up_stride": rank + gap, "residual_stride": out + gap}
     call |= {"y_stride": out + gap, "t_stride": rank, "rows": rows, "in": k, "rank": rank, "out": out}
     call |= {"dtype": DTYPES[dtype], "multiprocessors": 132}
-    if gated:
-        call |= {"heads": inputs["up"].shape[0], "up_head_stride": out * (rank + gap)}
-    call |= fields
+    call |= {"heads": inputs["up"].shape[0], "up_head_stride": out * (rank + gap)} if gated else {}
     name = "gated_lowrank_linear_sm90" if gated else "lowrank_linear_sm90"
-    status = getattr(module, name)(call)
-    module.synchronize()
-    assert np.all(y.read()[:, out:] == 0xFFFF), "a gap between rows of y was written"
-    if not want_t:
-        assert np.all(t.read() == 0xFFFF)
-    return y.read()[:, :out], t.read(), status
+    return Launch(module, name, given, y, t, call | fields)
+
+
+def run_linear(module, dtype, inputs, *, gap=0, want_t=True, **fields):
+    """y and t."""
+    launch = prepare_linear(module, dtype, inputs, gap=gap, want_t=want_t, **fields)
+    finish(launch)
+    y, out = launch.y.read(), launch.call["out"]
+    assert np.all(y[:, out:] == 0xFFFF), "a gap between rows of y was written"
+    assert want_t or np.all(launch.t.read() == 0xFFFF)
+    return y[:, :out], launch.t.read()
 
 
 def conv_inputs(dtype, batch, size, channels, rank, out, heads=3, kernel=(3, 3), bias=True, residual=None, seed=0):
@@ -109,24 +129,29 @@ def out_size(size, kernel, stride, padding, dilation):
     )
 
 
-def run_conv(module, dtype, inputs, *, sm90=False, stride=(1, 1), padding=(0, 0), dilation=(1, 1), want_t=True, **fields):
-    """y [batch, ho, wo, out], t [batch, ho, wo, rank] and the launcher's status."""
+def prepare_conv(
+    module, dtype, inputs, *, sm90=False, stride=(1, 1), padding=(0, 0), dilation=(1, 1), want_t=True, x=None, **fields
+) -> Launch:
     batch, height, width, channels = inputs["x"].shape
     rank, *kernel, _ = inputs["down"].shape
     heads, out, _ = inputs["up"].shape
     ho, wo = out_size((height, width), kernel, stride, padding, dilation)
     given = {name: Array.of(module, value) for name, value in inputs.items()}
+    if x is not None:
+        given["x"] = x
     y, t = Array(module, (batch, ho, wo, out), np.uint16), Array(module, (batch, ho, wo, rank), np.uint16)
     call = {name: array.address for name, array in given.items()} | {"y": y.address}
-    if want_t:
-        call["t"] = t.address
+    call |= {"t": t.address} if want_t else {}
     call |= {"batch": batch, "channels": channels, "rank": rank, "out": out, "heads": heads, "height": height}
     call |= {"width": width, "out_height": ho, "out_width": wo, "dtype": DTYPES[dtype], "multiprocessors": 132}
     for name, pair in {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}.items():
         call |= {f"{name}_height": pair[0], f"{name}_width": pair[1]}
-    call |= fields
-    status = getattr(module, "gated_lowrank_conv2d_sm90" if sm90 else "gated_lowrank_conv2d")(call)
-    module.synchronize()
-    if not want_t:
-        assert np.all(t.read() == 0xFFFF)
-    return y.read(), t.read(), status
+    return Launch(module, "gated_lowrank_conv2d_sm90" if sm90 else "gated_lowrank_conv2d", given, y, t, call | fields)
+
+
+def run_conv(module, dtype, inputs, *, want_t=True, **options):
+    """y [batch, ho, wo, out] and t [batch, ho, wo, rank]; options as for `prepare_conv`."""
+    launch = prepare_conv(module, dtype, inputs, want_t=want_t, **options)
+    finish(launch)
+    assert want_t or np.all(launch.t.read() == 0xFFFF)
+    return launch.y.read(), launch.t.read()
