@@ -6,29 +6,33 @@ guard pages, under several schedules and ThreadSanitizer; nvcc's resource report
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
 from emulation import build
 from emulation.build import from_bits, to_bits
 from emulation.cluster_calls import (
     NOT_SUPPORTED,
     SOURCES,
     conv_inputs,
+    digest,
     finish,
     linear_inputs,
     out_size,
+    overlapped,
     prepare_conv,
     prepare_linear,
     run_conv,
     run_linear,
 )
+
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.ops.gated_lowrank_conv2d.reference import gated_lowrank_conv2d_reference
 from inherit_kernels.ops.gated_lowrank_linear.reference import gated_lowrank_linear_reference
@@ -164,7 +168,7 @@ def test_the_cluster_fills_the_device(kernels):
 @pytest.mark.parametrize("heads", [0, 2])
 def test_rows_do_not_see_their_neighbours(kernels, heads):
     inputs = linear_inputs("bfloat16", 66, 72, 24, 40, heads)
-    y, t = run_linear(kernels, "bfloat16", inputs, activation=ACTIVATION_CODES["relu"])
+    y, _ = run_linear(kernels, "bfloat16", inputs, activation=ACTIVATION_CODES["relu"])
     x = inputs["x"].copy()
     x[[3, 64]] = to_bits(np.float32(np.nan), "bfloat16")
     poisoned, _ = run_linear(kernels, "bfloat16", inputs | {"x": x}, activation=ACTIVATION_CODES["relu"])
@@ -314,25 +318,10 @@ def test_conv_of_no_samples(kernels):
         finish(prepare_conv(kernels, "float16", conv_inputs("float16", 0, (6, 6), 16, 24, 40), sm90=sm90))
 
 
-def chain(kernels, dtype="bfloat16"):
-    """Each kernel behind another one whose output it reads, overlapped: linear, linear, convolutions, linear."""
-    first = linear_inputs(dtype, 72, 64, 16, 64)
-    second = linear_inputs(dtype, 72, 64, 16, 16, heads=2, seed=1)
-    conv = conv_inputs(dtype, 2, (6, 6), 16, 16, 16, kernel=(3, 3))
-    last = linear_inputs(dtype, 72, 16, 8, 24, seed=2)
-    early = {"after_previous": True, "want_t": False}
-    launches = [prepare_linear(kernels, dtype, first)]
-    launches.append(prepare_linear(kernels, dtype, second, x=launches[-1].y, **early))
-    for sm90 in (False, True):
-        launches.append(prepare_conv(kernels, dtype, conv, x=launches[-1].y, sm90=sm90, padding=(1, 1), **early))
-    launches.append(prepare_linear(kernels, dtype, last, x=launches[-1].y, **early))
-    return launches, (first, second, conv, conv, last)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_overlapped_kernels(kernels, seed):
     kernels.configure(seed)
-    launches, inputs = chain(kernels)
+    launches, inputs = overlapped(kernels)
     finish(*launches)
     for before, after, given in zip(launches, launches[1:], inputs[1:], strict=False):
         given = given | {"x": before.y.read().reshape(given["x"].shape)}
@@ -370,6 +359,7 @@ SYNCHRONISES = re.compile(
     r" (wait_copies<.*>|commit_copies|__syncthreads|__syncwarp|cluster_sync|sync_sample<.*>|wait_previous_grid"
     r"|release_next_grid)\(\);"
 )
+CAUGHT = 7
 UNSEEN = {"release_next_grid": "lets the next kernel start sooner; without it that starts when this one ends"}
 
 
@@ -394,32 +384,36 @@ def without(header, number):
     return word, (source, text.replace(include, "\n".join(lines)))
 
 
-def outputs(module, seed):
-    """What the kernels compute where pipelines wrap, CTAs take several tiles, and kernels overlap."""
-    module.configure(seed)
-    linear = linear_inputs("bfloat16", 66, 648, 72, 300, heads=2)
-    results = [run_linear(module, "bfloat16", linear, cluster=2)]
-    conv = conv_inputs("bfloat16", 1, (9, 9), 40, 72, 140, heads=2)
-    for sm90, cluster in ((False, 0), (True, 1), (True, 4)):
-        results.append(run_conv(module, "bfloat16", conv, sm90=sm90, cluster=cluster, padding=(1, 1)))
-    launches, _ = chain(module)
-    finish(*launches)
-    return np.concatenate([a.ravel() for pair in results for a in pair] + [n.y.read().ravel() for n in launches])
+MUTATED = """
+import sys
+for seed in range(12):
+    try:
+        if digest(module, seed) != {expected!r}:
+            sys.exit({caught})
+    except RuntimeError:
+        sys.exit({caught})
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(kernels):
+    return digest(kernels, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("header, number", statements())
-def test_a_missing_synchronisation_is_caught(kernels, header, number):
-    """By other results or a fault in one of twelve schedules, else by the sanitizer."""
+@pytest.mark.parametrize("header, number", list(statements()))
+def test_a_missing_synchronisation_is_caught(expected, header, number):
+    """By other results or a fault in one of twelve schedules, else by the sanitizer; each in its own process."""
     word, replace = without(header, number)
-    expected = outputs(kernels, 0)
-    module = build.load("clusters", SOURCES, replace=replace)
-    for seed in range(12):
-        try:
-            if not np.array_equal(outputs(module, seed), expected):
-                return
-        except RuntimeError:
-            return
+    start = "from pathlib import Path\nfrom emulation import build\nfrom emulation.cluster_calls import *\n"
+    start += f"module = build.load_path(Path({str(build.build('clusters', SOURCES, replace=replace))!r}))\n"
+    program = start + MUTATED.format(expected=expected, caught=CAUGHT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, CAUGHT), done.stderr[-2000:]
+    if done.returncode == CAUGHT:
+        assert word not in UNSEEN
+        return
     sanitized = build.build("clusters", SOURCES, sanitize=True, replace=replace)
     which = "linear" if "linear" in header else "conv"
     done = build.run_sanitized(sanitized, SANITIZED.format(seeds=[0, 4], which=which))

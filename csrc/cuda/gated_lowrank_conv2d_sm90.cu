@@ -38,7 +38,8 @@ const char* gated_lowrank_conv2d_sm90_declines(const GatedLowrankConv2dCall& cal
   const int cluster = call.cluster;
   if (cluster != 0 && cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8)
     return "a cluster has 1, 2, 4 or 8 CTAs";
-  if (!fits(call, cluster_of(call))) return "t of a sample and the tiles in flight exceed the shared memory of its CTAs";
+  if (!fits(call, cluster_of(call)))
+    return "t of a sample and the tiles in flight exceed the shared memory of its CTAs";
   return nullptr;
 }
 

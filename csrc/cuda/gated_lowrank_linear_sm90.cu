@@ -8,6 +8,8 @@ const char* gated_lowrank_linear_sm90_declines(const GatedLowrankLinearSm90Call&
   return cluster_linear_declines(call);
 }
 
-cudaError_t gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call) { return run_cluster_linear<true>(call); }
+cudaError_t gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call) {
+  return run_cluster_linear<true>(call);
+}
 
 }  // namespace inherit_kernels::cuda

@@ -6,8 +6,9 @@ float16 or bfloat16 bits; everything lies in guarded memory, outputs start as Na
 
 from __future__ import annotations
 
-import numpy as np
+import hashlib
 
+import numpy as np
 from emulation.build import Array, to_bits
 
 SOURCES = (
@@ -155,3 +156,32 @@ def run_conv(module, dtype, inputs, *, want_t=True, **options):
     finish(launch)
     assert want_t or np.all(launch.t.read() == 0xFFFF)
     return launch.y.read(), launch.t.read()
+
+
+def overlapped(module, dtype="bfloat16"):
+    """Each kernel behind another one whose output it reads, overlapped: linear, linear, convolutions, linear."""
+    first = linear_inputs(dtype, 72, 64, 16, 64)
+    second = linear_inputs(dtype, 72, 64, 16, 16, heads=2, seed=1)
+    conv = conv_inputs(dtype, 2, (6, 6), 16, 16, 16, kernel=(3, 3))
+    last = linear_inputs(dtype, 72, 16, 8, 24, seed=2)
+    early = {"after_previous": True, "want_t": False}
+    launches = [prepare_linear(module, dtype, first)]
+    launches.append(prepare_linear(module, dtype, second, x=launches[-1].y, **early))
+    for sm90 in (False, True):
+        launches.append(prepare_conv(module, dtype, conv, x=launches[-1].y, sm90=sm90, padding=(1, 1), **early))
+    launches.append(prepare_linear(module, dtype, last, x=launches[-1].y, **early))
+    return launches, (first, second, conv, conv, last)
+
+
+def digest(module, seed) -> str:
+    """Of what the kernels compute where pipelines wrap, CTAs take several tiles, and kernels overlap."""
+    module.configure(seed)
+    linear = linear_inputs("bfloat16", 66, 648, 72, 300, heads=2)
+    results = list(run_linear(module, "bfloat16", linear, cluster=2))
+    conv = conv_inputs("bfloat16", 1, (9, 9), 40, 72, 140, heads=2)
+    for sm90, cluster in ((False, 0), (True, 1), (True, 4)):
+        results += run_conv(module, "bfloat16", conv, sm90=sm90, cluster=cluster, padding=(1, 1))
+    launches, _ = overlapped(module)
+    finish(*launches)
+    results += [launch.y.read() for launch in launches]
+    return hashlib.sha256(b"".join(array.tobytes() for array in results)).hexdigest()

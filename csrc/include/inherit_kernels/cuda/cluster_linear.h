@@ -28,50 +28,66 @@ struct ClusterLinearLayout : RankLayout<kRank> {
 template <class T, int kRank>
 struct LinearCopies {
   using Layout = ClusterLinearLayout<kRank>;
+  using UpCopy = TileCopy<kOutputColumns, T>;
   const GatedLowrankLinearSm90Call& call;
   T* p_slots;
-  int64_t first_row, chunk, last_chunk;  // stage 1
-  int64_t column, column_step;           // stage 2
-  int64_t depth = 0, head = 0;
-  int slot = 0;
+  int chunks;               // of the first stage, still to be copied
+  int column, column_step;  // of the second stage
+  TileCopy<kStageRows, T> x;
+  TileCopy<kRank, T> down;
+  UpCopy up;
+  int inputs;  // of the depth, from this thread's unit on
+  int depth = 0, head = 0, slot = 0;
 
-  __device__ __forceinline__ bool in_first_stage() const { return chunk < last_chunk; }
-
-  __device__ __forceinline__ void copy_x() const {
-    const int64_t k = chunk * kTileDepth;
-    copy_tile<kStageRows>(p_slots + slot * Layout::kSlotSize,
-                          static_cast<const T*>(call.x) + first_row * call.x_stride + k, call.x_stride,
-                          call.rows - first_row, call.in - k);
+  __device__ __forceinline__ LinearCopies(const GatedLowrankLinearSm90Call& call, T* p_slots, int64_t first_row,
+                                          Share share, int column, int column_step)
+      : call(call), p_slots(p_slots), chunks(share.end - share.begin), column(column), column_step(column_step) {
+    const int64_t k = static_cast<int64_t>(share.begin) * kTileDepth, rows = call.rows - first_row;
+    x = {static_cast<const T*>(call.x) + first_row * call.x_stride + k, call.x_stride,
+         static_cast<int>(rows < kStageRows ? rows : kStageRows)};
+    down = {static_cast<const T*>(call.down) + k, call.down_stride, static_cast<int>(call.rank)};
+    inputs = static_cast<int>(call.in - k) - UpCopy::unit() * kUnit;
+    place_up();
   }
+
+  __device__ __forceinline__ void place_up() {
+    const T* p_up = static_cast<const T*>(call.up) + head * call.up_head_stride + column * call.up_stride;
+    up = {p_up, call.up_stride, static_cast<int>(call.out) - column};
+  }
+
+  __device__ __forceinline__ void copy_x() const { x.start(p_slots + slot * Layout::kSlotSize, inputs > 0); }
 
   __device__ __forceinline__ void copy_weights() const {
     T* p_slot = p_slots + slot * Layout::kSlotSize;
-    if (in_first_stage()) {
-      const int64_t k = chunk * kTileDepth;
-      copy_tile<kRank>(p_slot + kStageRows * kTileDepth, static_cast<const T*>(call.down) + k, call.down_stride,
-                       call.rank, call.in - k);
+    if (chunks > 0) {
+      down.start(p_slot + kStageRows * kTileDepth, inputs > 0);
     } else if (column < call.out) {
-      const T* p_up = static_cast<const T*>(call.up) + head * call.up_head_stride + column * call.up_stride + depth;
-      copy_tile<kOutputColumns>(p_slot, p_up, call.up_stride, call.out - column, call.rank - depth);
+      up.start(p_slot, depth + UpCopy::unit() * kUnit < call.rank);
     }
   }
 
   __device__ __forceinline__ void advance() {
     slot = slot + 1 == Layout::kStages ? 0 : slot + 1;
-    if (in_first_stage()) {
-      ++chunk;
+    if (chunks > 0) {
+      --chunks;
+      x.p += kTileDepth;
+      down.p += kTileDepth;
+      inputs -= kTileDepth;
       return;
     }
     depth += kTileDepth;
+    up.p += kTileDepth;
     if (depth < call.rank) return;
     depth = 0;
-    if (++head < call.heads) return;
-    head = 0;
-    column += column_step;
+    if (++head == call.heads) {
+      head = 0;
+      column += column_step;
+    }
+    place_up();
   }
 
   __device__ __forceinline__ void next() {
-    if (in_first_stage()) copy_x();
+    if (chunks > 0) copy_x();
     copy_weights();
     commit_copies();
     advance();
@@ -80,15 +96,15 @@ struct LinearCopies {
   // Fills all stages but one; the weights' copies start before the previous kernel of the stream has ended.
   __device__ __forceinline__ void start() {
     LinearCopies ahead = *this;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < Layout::kStages - 1; ++i) {
       ahead.copy_weights();
       ahead.advance();
     }
     wait_previous_grid();
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < Layout::kStages - 1; ++i) {
-      if (in_first_stage()) copy_x();
+      if (chunks > 0) copy_x();
       commit_copies();
       advance();
     }
@@ -97,7 +113,8 @@ struct LinearCopies {
 
 // Logits of one row by the kRank / 8 lanes that hold its t, then the softmax; lane h of them returns g_h.
 template <class T, int kRank>
-__device__ __forceinline__ float gate_of_row(const GatedLowrankLinearSm90Call& call, const float (&t)[kUnit], int unit) {
+__device__ __forceinline__ float gate_of_row(const GatedLowrankLinearSm90Call& call, const float (&t)[kUnit],
+                                             int unit) {
   constexpr int kLanes = RankLayout<kRank>::kRowUnits;
   const T* p_weight = static_cast<const T*>(call.gate_weight) + unit * kUnit;
   const T* p_bias = static_cast<const T*>(call.gate_bias);
@@ -141,7 +158,7 @@ __device__ __forceinline__ void share_t(const GatedLowrankLinearSm90Call& call, 
   for (int i = threadIdx.x; i < rows * Layout::kRowUnits; i += kTileThreads) {
     const int row = rank * rows + i / Layout::kRowUnits, unit = i % Layout::kRowUnits;
     float t[kUnit];
-    sum_partials<kRank>(t, cluster, p_partial, row, unit, call.rank);
+    sum_partials<kRank>(t, cluster, p_partial, row, unit, static_cast<int>(call.rank));
     const bool wanted = call.t != nullptr && first_row + row < call.rows && unit * kUnit < call.rank;
     T* p_global = wanted ? static_cast<T*>(call.t) + (first_row + row) * call.t_stride + unit * kUnit : nullptr;
     publish_unit(cluster, tile_unit(p_t + unit / kTileUnits * Layout::kTile, row, unit % kTileUnits), p_global, t);
@@ -160,7 +177,7 @@ __device__ __forceinline__ void multiply_up(Accumulator (&acc)[2][4], LinearCopi
   using Layout = ClusterLinearLayout<kRank>;
   const int warp = threadIdx.x / 32;
   clear(acc);
-  for (int64_t depth = 0; depth < copies.call.rank; depth += kTileDepth) {
+  for (int depth = 0; depth < copies.call.rank; depth += kTileDepth) {
     wait_copies<Layout::kStages - 2>();
     __syncthreads();
     copies.next();
@@ -245,17 +262,16 @@ __global__ void __launch_bounds__(kTileThreads, 1) cluster_linear_kernel(const G
   const Group<true> cluster{0, cluster_size()};
   const int rank = cluster_rank();
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / cluster.count) * kStageRows;
-  const Share chunks = share_of(ceil_divide<int64_t>(call.in, kTileDepth), rank, cluster.count);
-  const int64_t first_column = static_cast<int64_t>(rank) * kOutputColumns;
-  const int64_t column_step = static_cast<int64_t>(cluster.count) * kOutputColumns;
-  LinearCopies<T, kRank> copies{call, p_slots, first_row, chunks.begin, chunks.end, first_column, column_step};
+  const Share chunks = share_of(ceil_divide(static_cast<int>(call.in), kTileDepth), rank, cluster.count);
+  const int first_column = rank * kOutputColumns, column_step = cluster.count * kOutputColumns;
+  LinearCopies<T, kRank> copies(call, p_slots, first_row, chunks, first_column, column_step);
   copies.start();
 
   int slot = 0;
   {
     typename Layout::Sums sums;
     clear(sums);
-    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       wait_copies<Layout::kStages - 2>();
       __syncthreads();
       copies.next();
@@ -269,7 +285,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) cluster_linear_kernel(const G
   share_t<T, kRank, kGated>(call, cluster, rank, first_row, p_partial, p_t, p_gates);
   cluster_sync();  // also: no CTA leaves while another still reads its partial
 
-  for (int64_t column = first_column; column < call.out; column += column_step) {
+  for (int column = first_column; column < call.out; column += column_step) {
     Accumulator total[2][4];
     if constexpr (kGated) {
       clear(total);
@@ -301,6 +317,7 @@ inline const char* cluster_linear_declines(const GatedLowrankLinearSm90Call& cal
       !aligned16(call.up, call.up_stride) || !aligned16(call.t, call.t_stride) || call.up_head_stride % kUnit != 0 ||
       !aligned16(call.gate_weight))
     return "rows of x, down, up, gate_weight and t must be aligned to 16 bytes";
+  if (call.in > kMaxSize || call.out > kMaxSize) return "in and out must be below 2^30";
   if (call.heads < 1 || call.heads > kMaxHeads) return "the number of heads must lie between 1 and 8";
   if (call.cluster != 0 && call.cluster != 2 && call.cluster != 4 && call.cluster != 8)
     return "a cluster has 2, 4 or 8 CTAs";

@@ -4,9 +4,9 @@
 
 #include "inherit_kernels/cuda/words.h"
 
-// y = act(Σ_h g_h (up_h t + bias_h) + residual), t = conv2d(x, down), g = softmax(mean(t) · gate_weightᵀ + gate_bias) per
-// sample, in one launch for maps of at most 256 positions: a sample belongs to one CTA (any device from sm_80 on) or to
-// one cluster of CTAs (sm_90).
+// y = act(Σ_h g_h (up_h t + bias_h) + residual), t = conv2d(x, down), g = softmax(mean(t) · gate_weightᵀ + gate_bias)
+// per sample, in one launch for maps of at most 256 positions: a sample belongs to one CTA (any device from sm_80 on)
+// or to one cluster of CTAs (sm_90).
 namespace inherit_kernels::cuda {
 
 // All tensors dense and channels last; P = output positions of a sample.

@@ -9,6 +9,7 @@ namespace inherit_kernels::cuda {
 
 constexpr int kStageRows = 64;
 constexpr int kMaxHeads = 8;
+constexpr int64_t kMaxSize = 1 << 30;  // sizes are counted in 32 bit, offsets between rows in 64
 
 // How 256 threads divide the sums [64, kRank]. At rank 64 two groups of four warps take every other 16 columns of the
 // depth, so that each warp keeps 32 x 32 sums and feeds eight mma from four ldmatrix.
@@ -40,11 +41,12 @@ struct WarpPlace {
 };
 
 struct Share {
-  int64_t begin, end;
+  int begin, end;
 };
 // The part of [0, count) that falls to `index` of `parts`: contiguous, sizes differ by one at most.
-__device__ __forceinline__ Share share_of(int64_t count, int index, int parts) {
-  return {count * index / parts, count * (index + 1) / parts};
+__device__ __forceinline__ Share share_of(int count, int index, int parts) {
+  const int64_t wide = count;
+  return {static_cast<int>(wide * index / parts), static_cast<int>(wide * (index + 1) / parts)};
 }
 
 template <int kRank, class T>
@@ -110,7 +112,7 @@ struct Group {
 // the rank become zero: x may hold infinities, which times the zeros of a filled tile are NaN.
 template <int kRank, bool kCluster>
 __device__ __forceinline__ void sum_partials(float (&sum)[kUnit], const Group<kCluster>& group, float* p_partial,
-                                             int row, int unit, int64_t rank) {
+                                             int row, int unit, int rank) {
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) sum[i] = 0.0f;
 #pragma unroll 2

@@ -49,28 +49,42 @@ struct SamplePlan {
 };
 
 struct SampleConvArguments : GatedLowrankConv2dCall {
-  int t_rows;
+  int t_rows, window;  // window: channels * kernel_height * kernel_width
 };
 
 // Which 64-deep chunk is copied next: this CTA's share of windows of x and of down, round by round, then its tiles of
-// up, head by head. A thread always copies unit threadIdx.x % 8 of its rows, so it keeps one place in the window.
+// up, head by head. A thread always copies the same unit of its rows, so it keeps one place in the window.
 template <class T, int kRank>
 struct SampleCopies {
   using Layout = SampleConvLayout<kRank>;
-  static constexpr int kRows = kStageRows * kTileUnits / kTileThreads;  // rows of x a thread copies: 2
+  using UpCopy = TileCopy<kMixedColumns, T>;
+  static constexpr int kRows = kStageRows / UpCopy::kRowStep;  // of x, that a thread copies: 2
+  static constexpr int kOutside = INT32_MIN / 2;               // the top of a window whose position does not exist
   const SampleConvArguments& call;
   const SamplePlan& plan;
   T* p_slots;
   const T* p_sample;
-  int tile, round = 0;
   Share share;
-  int64_t chunk;
-  int64_t column, column_step;  // second product
-  int64_t depth = 0, head = 0;
-  int slot = 0;
-  int top[kRows] = {}, left[kRows] = {};  // of the windows; kOutside where the position does not exist
-  int channel = 0, i = 0, j = 0;
-  static constexpr int kOutside = INT32_MIN / 2;
+  int tile, column, column_step;
+  TileCopy<kRank, T> down;
+  UpCopy up;
+  int round = 0, chunk = 0, depth = 0, head = 0, slot = 0;
+  int top[kRows] = {}, left[kRows] = {};  // of the windows
+  int channel = 0, i = 0, j = 0;          // in the window
+
+  __device__ __forceinline__ SampleCopies(const SampleConvArguments& call, const SamplePlan& plan, T* p_slots,
+                                          const T* p_sample, Share share, int tile, int column, int column_step)
+      : call(call),
+        plan(plan),
+        p_slots(p_slots),
+        p_sample(p_sample),
+        share(share),
+        tile(tile),
+        column(column),
+        column_step(column_step) {
+    skip_empty();
+    place_up();
+  }
 
   __device__ __forceinline__ bool in_first_stage() const { return round < plan.rounds; }
 
@@ -84,45 +98,44 @@ struct SampleCopies {
 
   __device__ __forceinline__ void place_windows() {
     chunk = share.begin;
-    const int64_t first = chunk * kTileDepth + threadIdx.x % kTileUnits * kUnit;
-    const int tap = static_cast<int>(first / call.channels);
-    channel = static_cast<int>(first % call.channels);
+    const int first = chunk * kTileDepth + UpCopy::unit() * kUnit, channels = static_cast<int>(call.channels);
+    const int tap = first / channels;
+    channel = first % channels;
     i = tap / call.kernel_width;
     j = tap % call.kernel_width;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const int position = tile * kStageRows + threadIdx.x / kTileUnits + row * (kTileThreads / kTileUnits);
+      const int position = tile * kStageRows + UpCopy::first_row() + row * UpCopy::kRowStep;
       const bool exists = position < plan.positions;
       top[row] = exists ? position / call.out_width * call.stride_height - call.padding_height : kOutside;
       left[row] = position % call.out_width * call.stride_width - call.padding_width;
     }
+    down = {static_cast<const T*>(call.down) + chunk * kTileDepth, call.window, static_cast<int>(call.rank)};
+  }
+
+  __device__ __forceinline__ void place_up() {
+    const T* p_up = static_cast<const T*>(call.up) + (head * call.out + column) * call.rank + depth;
+    up = {p_up, call.rank, static_cast<int>(call.out) - column};
   }
 
   __device__ __forceinline__ void copy_x() const {
-    const int unit = threadIdx.x % kTileUnits;
+    T* p_to = tile_unit(p_slots + slot * Layout::kSlotSize, UpCopy::first_row(), UpCopy::unit());
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const int y = top[row] + i * call.dilation_height, x = left[row] + j * call.dilation_width;
-      const bool valid = i < call.kernel_height && y >= 0 && y < call.height && x >= 0 && x < call.width;
-      const int tile_row = threadIdx.x / kTileUnits + row * (kTileThreads / kTileUnits);
-      const T* p_x = p_sample + (static_cast<int64_t>(y) * call.width + x) * call.channels + channel;
-      copy16_async(tile_unit(p_slots + slot * Layout::kSlotSize, tile_row, unit), valid ? p_x : p_sample, valid);
+      const bool valid = (i < call.kernel_height) & (static_cast<unsigned>(y) < static_cast<unsigned>(call.height)) &
+                         (static_cast<unsigned>(x) < static_cast<unsigned>(call.width));
+      const T* p_x = p_sample + ((y * call.width + x) * static_cast<int>(call.channels) + channel);
+      copy16_async(p_to + row * UpCopy::kRowStep * kTileDepth, valid ? p_x : p_sample, valid);
     }
-  }
-
-  __device__ __forceinline__ int64_t window() const {
-    return call.channels * call.kernel_height * call.kernel_width;
   }
 
   __device__ __forceinline__ void copy_weights() const {
     T* p_slot = p_slots + slot * Layout::kSlotSize;
     if (in_first_stage()) {
-      const int64_t k = chunk * kTileDepth;
-      copy_tile<kRank>(p_slot + kStageRows * kTileDepth, static_cast<const T*>(call.down) + k, window(), call.rank,
-                       window() - k);
+      down.start(p_slot + kStageRows * kTileDepth, i < call.kernel_height);
     } else if (column < call.out) {
-      const T* p_up = static_cast<const T*>(call.up) + (head * call.out + column) * call.rank + depth;
-      copy_tile<kMixedColumns>(p_slot, p_up, call.rank, call.out - column, call.rank - depth);
+      up.start(p_slot, depth + UpCopy::unit() * kUnit < call.rank);
     }
   }
 
@@ -130,7 +143,9 @@ struct SampleCopies {
     slot = slot + 1 == Layout::kStages ? 0 : slot + 1;
     if (in_first_stage()) {
       advance_window();
-    } else if (++head == call.heads) {
+      return;
+    }
+    if (++head == call.heads) {
       head = 0;
       depth += kTileDepth;
       if (depth >= call.rank) {
@@ -138,6 +153,7 @@ struct SampleCopies {
         column += column_step;
       }
     }
+    place_up();
   }
 
   __device__ __forceinline__ void advance_window() {
@@ -147,6 +163,7 @@ struct SampleCopies {
       skip_empty();
       return;
     }
+    down.p += kTileDepth;
     channel += kTileDepth;
     while (channel >= call.channels) {
       channel -= static_cast<int>(call.channels);
@@ -166,15 +183,14 @@ struct SampleCopies {
 
   // Fills all stages but one; the weights' copies start before the previous kernel of the stream has ended.
   __device__ __forceinline__ void start() {
-    skip_empty();
     SampleCopies ahead = *this;
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < Layout::kStages - 1; ++n) {
       ahead.copy_weights();
       ahead.advance();
     }
     wait_previous_grid();
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < Layout::kStages - 1; ++n) {
       if (in_first_stage()) copy_x();
       commit_copies();
@@ -185,11 +201,11 @@ struct SampleCopies {
 
 // The first product of one tile, this CTA's share of the depth.
 template <class T, int kRank>
-__device__ __forceinline__ void multiply_windows(typename RankLayout<kRank>::Sums& sums,
-                                                 SampleCopies<T, kRank>& copies, int& slot) {
+__device__ __forceinline__ void multiply_windows(typename RankLayout<kRank>::Sums& sums, SampleCopies<T, kRank>& copies,
+                                                 int& slot) {
   using Layout = SampleConvLayout<kRank>;
   clear(sums);
-  for (int64_t chunk = copies.share.begin; chunk < copies.share.end; ++chunk) {
+  for (int chunk = copies.share.begin; chunk < copies.share.end; ++chunk) {
     wait_copies<Layout::kStages - 2>();
     __syncthreads();
     copies.next();
@@ -235,7 +251,7 @@ __device__ __forceinline__ void share_t(const SampleConvArguments& call, const S
     const int t_row = round * kStageRows + row, position = tile * kStageRows + row;
     if (t_row >= call.t_rows) continue;
     float t[kUnit];
-    sum_partials<kRank>(t, group, p_partial, row, unit, call.rank);
+    sum_partials<kRank>(t, group, p_partial, row, unit, static_cast<int>(call.rank));
     const bool wanted = call.t != nullptr && position < plan.positions && unit * kUnit < call.rank;
     T* p_global = wanted ? static_cast<T*>(call.t) + (first_row + position) * call.rank + unit * kUnit : nullptr;
     T* p_tile = p_t + unit / kTileUnits * call.t_rows * kTileDepth;
@@ -292,7 +308,7 @@ __device__ __forceinline__ void mix_heads(T* p_mixed, SampleCopies<T, kRank>& co
   using Layout = SampleConvLayout<kRank>;
   constexpr int kRows = kMixedColumns * kTileUnits / kTileThreads, kRowStep = kTileThreads / kTileUnits;
   const int first_row = threadIdx.x / kTileUnits, unit = threadIdx.x % kTileUnits;
-  for (int64_t depth = 0; depth < copies.call.rank; depth += kTileDepth) {
+  for (int depth = 0; depth < copies.call.rank; depth += kTileDepth) {
     float mixed[kRows][kUnit] = {};
     for (int head = 0; head < copies.call.heads; ++head) {
       wait_copies<Layout::kStages - 2>();
@@ -390,15 +406,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) sample_conv_kernel(const Samp
   }
   const SamplePlan plan(call.out_height * call.out_width, size);
   const int split = rank % plan.splits, first_tile = rank / plan.splits;
-  const int64_t sample = blockIdx.x / size, columns = kMixedColumns;
+  const int64_t sample = blockIdx.x / size;
   const T* p_sample = static_cast<const T*>(call.x) + sample * call.height * call.width * call.channels;
-  const int64_t window = call.channels * call.kernel_height * call.kernel_width;
-  const Share share = share_of(ceil_divide<int64_t>(window, kTileDepth), split, plan.splits);
+  const Share share = share_of(ceil_divide(call.window, kTileDepth), split, plan.splits);
   const Group<kCluster> group{first_tile * plan.splits, plan.splits}, all{0, size};
   // CTAs of a tile that does not exist only take part in the barriers.
-  const int64_t first_column = first_tile < plan.tiles ? split * columns : call.out;
-  SampleCopies<T, kRank> copies{call,        plan, p_slots, p_sample, first_tile, 0, share, 0, first_column,
-                                plan.splits * columns};
+  const int first_column = first_tile < plan.tiles ? split * kMixedColumns : static_cast<int>(call.out);
+  const int column_step = plan.splits * kMixedColumns;
+  SampleCopies<T, kRank> copies(call, plan, p_slots, p_sample, share, first_tile, first_column, column_step);
   copies.start();
 
   int slot = 0;
@@ -422,7 +437,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) sample_conv_kernel(const Samp
 
   take_gates<T>(p_gates, call, p_mean);
   int turn = 0;
-  for (int64_t column = first_column; column < call.out; column += plan.splits * columns, turn ^= 1) {
+  for (int column = first_column; column < call.out; column += column_step, turn ^= 1) {
     T* p_tile = p_mixed + turn * Layout::kMixedSize;
     mix_heads(p_tile, copies, slot, p_gates);
     __syncthreads();
@@ -437,13 +452,18 @@ inline const char* sample_conv_declines(const GatedLowrankConv2dCall& call) {
     return "the rank and the number of channels must be multiples of 8";
   if (!aligned16(call.x) || !aligned16(call.down) || !aligned16(call.up) || !aligned16(call.t))
     return "x, down, up and t must be aligned to 16 bytes";
+  if (call.channels * call.height * call.width > kMaxSize || call.out > kMaxSize ||
+      call.channels * call.kernel_height * call.kernel_width > kMaxSize)
+    return "a sample, a window and out must be below 2^30 elements";
   if (call.heads < 1 || call.heads > kMaxHeads) return "the number of heads must lie between 1 and 8";
   const int64_t positions = static_cast<int64_t>(call.out_height) * call.out_width;
   if (positions < 1 || positions > kMaxPositions) return "a map must have 1 to 256 output positions";
   return nullptr;
 }
 
-inline int rank_block(int64_t rank) { return rank <= 64 ? 64 : rank <= 128 ? 128 : 256; }
+inline int rank_block(int64_t rank) {
+  return rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
+}
 
 inline size_t sample_conv_shared_bytes(const GatedLowrankConv2dCall& call, int cluster) {
   const int t_rows = SamplePlan(call.out_height * call.out_width, cluster).t_rows;
@@ -462,6 +482,7 @@ cudaError_t launch_sample_conv(const GatedLowrankConv2dCall& call, int cluster) 
   if (call.batch * cluster > INT32_MAX) return cudaErrorNotSupported;
   SampleConvArguments arguments{};
   static_cast<GatedLowrankConv2dCall&>(arguments) = call;
+  arguments.window = static_cast<int>(call.channels * call.kernel_height * call.kernel_width);
   arguments.t_rows = SamplePlan(call.out_height * call.out_width, cluster).t_rows;
   Shape shape;
   shape.grid = dim3(static_cast<unsigned>(call.batch * cluster));

@@ -7,10 +7,10 @@
 // Tiles of 16-bit numbers in shared memory, their products on tensor cores, and the way a product leaves a warp.
 namespace inherit_kernels::cuda {
 
-constexpr int kTileDepth = 64;                   // elements of a tile's row: 128 bytes, all 32 banks once
-constexpr int kUnit = 8;                         // elements of 16 bytes, the piece in which memory is moved
-constexpr int kTileUnits = kTileDepth / kUnit;   // units of a tile's row
-constexpr int kTileThreads = 256;                // of every kernel built on tiles
+constexpr int kTileDepth = 64;                  // elements of a tile's row: 128 bytes, all 32 banks once
+constexpr int kUnit = 8;                        // elements of 16 bytes, the piece in which memory is moved
+constexpr int kTileUnits = kTileDepth / kUnit;  // units of a tile's row
+constexpr int kTileThreads = 256;               // of every kernel built on tiles
 constexpr int kTileWarps = kTileThreads / 32;
 
 template <class N>
@@ -35,17 +35,31 @@ __device__ __forceinline__ T* tile_unit(T* p_tile, int row, int unit) {
   return p_tile + row * kTileDepth + ((unit ^ (row & 7)) * kUnit);
 }
 
-// Rows [0, kRows) of a tile from global rows; rows and units past the valid ones become zero. Thread i copies unit i % 8.
+// What a thread copies of a tile [kRows, 64]: unit threadIdx.x % 8 of rows threadIdx.x / 8 + 32 i, and from where.
 template <int kRows, class T>
-__device__ __forceinline__ void copy_tile(T* p_tile, const T* p_first, int64_t stride, int64_t valid_rows,
-                                          int64_t valid_depth) {
-  const int unit = threadIdx.x % kTileUnits;
+struct TileCopy {
+  static constexpr int kRowStep = kTileThreads / kTileUnits;
+  const T* p = nullptr;  // the unit of the first of these rows
+  int64_t step = 0;      // elements from one of them to the next
+  int valid_rows = 0;    // counted from the first of them, or less than one
+
+  __device__ __forceinline__ static int first_row() { return threadIdx.x / kTileUnits; }
+  __device__ __forceinline__ static int unit() { return threadIdx.x % kTileUnits; }
+
+  TileCopy() = default;
+  __device__ __forceinline__ TileCopy(const T* p_tile, int64_t stride, int valid_rows)
+      : p(p_tile + first_row() * stride + unit() * kUnit),
+        step(kRowStep * stride),
+        valid_rows(valid_rows - first_row()) {}
+
+  // Invalid units become zero; their addresses, which may lie past the array, are not read.
+  __device__ __forceinline__ void start(T* p_tile, bool valid_depth) const {
+    T* p_to = tile_unit(p_tile, first_row(), unit());
 #pragma unroll
-  for (int row = threadIdx.x / kTileUnits; row < kRows; row += kTileThreads / kTileUnits) {
-    const bool valid = row < valid_rows && unit * kUnit < valid_depth;
-    copy16_async(tile_unit(p_tile, row, unit), valid ? p_first + row * stride + unit * kUnit : p_first, valid);
+    for (int i = 0; i < kRows / kRowStep; ++i)
+      copy16_async(p_to + i * kRowStep * kTileDepth, p + i * step, valid_depth & (i * kRowStep < valid_rows));
   }
-}
+};
 
 // acc [kBlocksM * 16, kBlocksN * 8] += a [rows, 16] · b [columns, 16]ᵀ at depth `step` of two tiles.
 template <class T, int kBlocksM, int kBlocksN>
