@@ -136,6 +136,8 @@ class Plan:
                     self._add(f"{source.stem}.cu.o", source, [nvcc, *host, *flags, *codes])
             link += [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
             defines.append("-DINHERIT_KERNELS_CUDA")
+            for source in sorted((csrc / "cuda").glob("*.cpp")):
+                self._add(f"cuda_{source.stem}.o", source, [*compiler, *common, *headers, *defines])
         for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
             if source != kernels:
                 self._add(f"{source.stem}.o", source, [*compiler, *common, *headers, *defines])

@@ -1,3 +1,4 @@
+#include "inherit_kernels/cuda/device.h"
 #include "inherit_kernels/device_info.h"
 
 #include <cuda_runtime.h>
@@ -62,4 +63,19 @@ const char* cuda_self_test() {
   return text;
 }
 
+namespace cuda {
+
+DeviceLimits device_limits(int device) {
+  int major = 0, minor = 0, multiprocessors = 0;
+  bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? DeviceLimits{10 * major + minor, multiprocessors} : DeviceLimits{};
+}
+
+const char* error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // namespace cuda
 }  // namespace inherit_kernels

@@ -8,7 +8,7 @@ namespace {
 constexpr size_t kSharedLimit = 163 * 1024;  // of a CTA on sm_80
 
 template <class T>
-cudaError_t launch_for_rank(const GatedLowrankConv2dCall& call) {
+int launch_for_rank(const GatedLowrankConv2dCall& call) {
   return rank_block(call.rank) == 64 ? launch_sample_conv<T, 64, false>(call, 1)
                                      : launch_sample_conv<T, 128, false>(call, 1);
 }
@@ -22,10 +22,10 @@ const char* gated_lowrank_conv2d_declines(const GatedLowrankConv2dCall& call) {
   return reason;
 }
 
-cudaError_t gated_lowrank_conv2d(const GatedLowrankConv2dCall& call) {
-  if (gated_lowrank_conv2d_declines(call) != nullptr) return cudaErrorNotSupported;
+int gated_lowrank_conv2d(const GatedLowrankConv2dCall& call) {
+  if (gated_lowrank_conv2d_declines(call) != nullptr) return static_cast<int>(cudaErrorNotSupported);
   if (call.batch == 0 || call.out == 0) return cudaSuccess;
-  return call.dtype == 1 ? launch_for_rank<half16>(call) : launch_for_rank<bf16>(call);
+  return call.dtype == kFloat16 ? launch_for_rank<half16>(call) : launch_for_rank<bf16>(call);
 }
 
 }  // namespace inherit_kernels::cuda

@@ -19,7 +19,7 @@ int cluster_of(const GatedLowrankConv2dCall& call) {
 }
 
 template <class T>
-cudaError_t launch_for_rank(const GatedLowrankConv2dCall& call) {
+int launch_for_rank(const GatedLowrankConv2dCall& call) {
   const int cluster = cluster_of(call);
   switch (rank_block(call.rank)) {
     case 64:
@@ -43,10 +43,10 @@ const char* gated_lowrank_conv2d_sm90_declines(const GatedLowrankConv2dCall& cal
   return nullptr;
 }
 
-cudaError_t gated_lowrank_conv2d_sm90(const GatedLowrankConv2dCall& call) {
-  if (gated_lowrank_conv2d_sm90_declines(call) != nullptr) return cudaErrorNotSupported;
+int gated_lowrank_conv2d_sm90(const GatedLowrankConv2dCall& call) {
+  if (gated_lowrank_conv2d_sm90_declines(call) != nullptr) return static_cast<int>(cudaErrorNotSupported);
   if (call.batch == 0 || call.out == 0) return cudaSuccess;
-  return call.dtype == 1 ? launch_for_rank<half16>(call) : launch_for_rank<bf16>(call);
+  return call.dtype == kFloat16 ? launch_for_rank<half16>(call) : launch_for_rank<bf16>(call);
 }
 
 }  // namespace inherit_kernels::cuda

@@ -8,7 +8,7 @@ const char* gated_lowrank_linear_sm90_declines(const GatedLowrankLinearSm90Call&
   return cluster_linear_declines(call);
 }
 
-cudaError_t gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call) {
+int gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call) {
   return run_cluster_linear<true>(call);
 }
 

@@ -19,7 +19,7 @@ const char* lowrank_linear_sm90_declines(const LowrankLinearSm90Call& call) {
   return cluster_linear_declines(one_head(call));
 }
 
-cudaError_t lowrank_linear_sm90(const LowrankLinearSm90Call& call) {
+int lowrank_linear_sm90(const LowrankLinearSm90Call& call) {
   return run_cluster_linear<false>(one_head(call));
 }
 

@@ -1,4 +1,4 @@
-"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_linear.cpp`."""
+"""C++ kernels: `csrc/cpu/gated_lowrank_linear.cpp`, and for up to 2,048 rows on a GPU `csrc/cuda/gated_lowrank_linear*.cu`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.native import CPU_DTYPES, CPU_PROOF, declines, kernels, only_needed
+from inherit_kernels.common.native import (
+    CPU_DTYPES,
+    CPU_PROOF,
+    CUDA_DTYPES,
+    CUDA_PROOF,
+    declines,
+    declines_linear_on_cuda,
+    kernels,
+    only_needed,
+)
+from inherit_kernels.ops.gated_lowrank_linear import impl_unfused
 from inherit_kernels.registry import Problem
 
 checks_arguments = True
-SERVES = {"cpu": CPU_DTYPES}
-PROVEN = {"cpu": CPU_PROOF}
+SERVES = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}
+PROVEN = {"cpu": CPU_PROOF, "cuda": f"{CUDA_PROOF}; backward: the unfused one"}
 
 
 def supports(problem: Problem) -> str | None:
-    return declines(problem)
+    return declines_linear_on_cuda(problem) if problem.device.type == "cuda" else declines(problem)
 
 
 def forward(
@@ -59,6 +69,8 @@ def backward(
     activation: str | None,
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
+    if x.is_cuda:
+        return impl_unfused.backward(dz, t, x, down, up, gate_weight, gate_bias, bias, activation, needs)
     gradients = kernels.gated_lowrank_linear_backward(dz, x, t, down, up, gate_weight, gate_bias, bias, *needs)
     return only_needed(gradients, needs)
 

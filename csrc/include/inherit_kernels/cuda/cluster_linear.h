@@ -309,7 +309,8 @@ inline int choose_cluster(int64_t groups, int multiprocessors, int smallest) {
 }
 
 inline const char* cluster_linear_declines(const GatedLowrankLinearSm90Call& call) {
-  if (call.dtype != 1 && call.dtype != 2) return "only float16 and bfloat16 are computed on tensor cores here";
+  if (call.dtype != kFloat16 && call.dtype != kBFloat16)
+    return "only float16 and bfloat16 are computed on tensor cores here";
   if (call.rank < 8 || call.rank > 256) return "the rank must lie between 8 and 256";
   if (call.rank % kUnit != 0 || call.in % kUnit != 0 || call.in == 0)
     return "the rank and the number of inputs must be multiples of 8";
@@ -325,30 +326,31 @@ inline const char* cluster_linear_declines(const GatedLowrankLinearSm90Call& cal
 }
 
 template <class T, int kRank, bool kGated>
-cudaError_t launch_cluster_linear(const GatedLowrankLinearSm90Call& call) {
+int launch_cluster_linear(const GatedLowrankLinearSm90Call& call) {
   const int64_t tiles = ceil_divide<int64_t>(call.rows, kStageRows);
   Shape shape;
   shape.cluster = call.cluster != 0 ? call.cluster : choose_cluster(tiles, call.multiprocessors, 2);
-  if (tiles * shape.cluster > INT32_MAX) return cudaErrorNotSupported;
+  if (tiles * shape.cluster > INT32_MAX) return static_cast<int>(cudaErrorNotSupported);
   shape.grid = dim3(static_cast<unsigned>(tiles * shape.cluster));
   shape.block = dim3(kTileThreads);
   shape.shared_bytes = ClusterLinearLayout<kRank>::kSharedBytes;
   shape.after_previous = call.after_previous;
-  return launch(shape, call.stream, cluster_linear_kernel<T, kRank, kGated>, call);
+  return static_cast<int>(
+      launch(shape, static_cast<cudaStream_t>(call.stream), cluster_linear_kernel<T, kRank, kGated>, call));
 }
 
 template <class T, bool kGated>
-cudaError_t launch_for_rank(const GatedLowrankLinearSm90Call& call) {
+int launch_for_rank(const GatedLowrankLinearSm90Call& call) {
   if (call.rank <= 64) return launch_cluster_linear<T, 64, kGated>(call);
   if (call.rank <= 128) return launch_cluster_linear<T, 128, kGated>(call);
   return launch_cluster_linear<T, 256, kGated>(call);
 }
 
 template <bool kGated>
-cudaError_t run_cluster_linear(const GatedLowrankLinearSm90Call& call) {
-  if (cluster_linear_declines(call) != nullptr) return cudaErrorNotSupported;
+int run_cluster_linear(const GatedLowrankLinearSm90Call& call) {
+  if (cluster_linear_declines(call) != nullptr) return static_cast<int>(cudaErrorNotSupported);
   if (call.rows == 0 || call.out == 0) return cudaSuccess;
-  return call.dtype == 1 ? launch_for_rank<half16, kGated>(call) : launch_for_rank<bf16, kGated>(call);
+  return call.dtype == kFloat16 ? launch_for_rank<half16, kGated>(call) : launch_for_rank<bf16, kGated>(call);
 }
 
 }  // namespace inherit_kernels::cuda

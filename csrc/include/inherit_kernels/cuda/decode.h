@@ -16,7 +16,7 @@
 namespace inherit_kernels {
 namespace cuda {
 
-constexpr int kMaxRows = 16, kMaxRank = 512, kMaxHeads = 16;
+constexpr int kMaxRows = kDecodeRows, kMaxRank = 512, kMaxHeads = 16;
 constexpr int kTileColumns = 8;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kUpTiles = 4, kUpGroups = kWarps / kUpTiles;

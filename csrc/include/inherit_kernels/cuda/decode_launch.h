@@ -16,7 +16,7 @@ inline bool decode_supports(const LinearCall& c, bool gated) {
 // Parts of `in`: about kTargetBlocks blocks in all, each with work for its warps. A function of the layer alone, so
 // that a row's sums have one order whatever rows come with it.
 inline DecodeArgs decode_args(const LinearCall& c) {
-  int element = c.dtype == 0 ? 4 : 2;
+  int element = c.dtype == kFloat32 ? 4 : 2;
   int steps = static_cast<int>((c.in * element + 63) / 64);
   int tiles = static_cast<int>((c.rank + kTileColumns - 1) / kTileColumns);
   int wanted = kTargetBlocks / tiles, useful = (steps + kWarps - 1) / kWarps;
@@ -68,9 +68,9 @@ int launch_decode_any(const LinearCall& c, void* stream) {
   if (!decode_supports(c, kGated) || (c.rows && !c.workspace)) return static_cast<int>(cudaErrorInvalidValue);
   if (c.rows == 0 || c.out == 0) return static_cast<int>(cudaSuccess);
   cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  if (c.dtype == 0) return launch_decode<float, kGated>(c, queue);
-  if (c.dtype == 1) return launch_decode<bf16, kGated>(c, queue);
-  return launch_decode<half16, kGated>(c, queue);
+  if (c.dtype == kFloat32) return launch_decode<float, kGated>(c, queue);
+  if (c.dtype == kFloat16) return launch_decode<half16, kGated>(c, queue);
+  return launch_decode<bf16, kGated>(c, queue);
 }
 
 }  // namespace cuda

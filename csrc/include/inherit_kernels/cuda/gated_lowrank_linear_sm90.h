@@ -15,6 +15,6 @@ struct GatedLowrankLinearSm90Call : LowrankLinearSm90Call {
 };
 
 const char* gated_lowrank_linear_sm90_declines(const GatedLowrankLinearSm90Call& call);
-cudaError_t gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call);
+int gated_lowrank_linear_sm90(const GatedLowrankLinearSm90Call& call);
 
 }  // namespace inherit_kernels::cuda

@@ -4,8 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "inherit_kernels/cuda/device.h"
+
 namespace inherit_kernels {
 namespace cuda {
+
+constexpr int kDecodeRows = 16;  // the most that the decode launchers take
 
 // t = x down^T; y = act(sum_h g_h (up_h t + bias_h) + residual), g = softmax(t gate_weight^T + gate_bias) per row, or
 // one head without a gate. Device pointers, elements of `dtype`, null where optional and absent. Weights are
@@ -23,7 +27,7 @@ struct LinearCall {
   void* workspace;          // 16-byte aligned; may hold anything before and after
   int64_t rows, in, rank, out, heads;
   int64_t ld_x, ld_residual, ld_y;
-  int dtype;       // 0 float32, 1 bfloat16, 2 float16
+  int dtype;       // a Dtype of device.h
   int activation;  // 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
 };
 

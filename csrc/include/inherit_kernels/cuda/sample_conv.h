@@ -446,7 +446,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) sample_conv_kernel(const Samp
 }
 
 inline const char* sample_conv_declines(const GatedLowrankConv2dCall& call) {
-  if (call.dtype != 1 && call.dtype != 2) return "only float16 and bfloat16 are computed on tensor cores here";
+  if (call.dtype != kFloat16 && call.dtype != kBFloat16)
+    return "only float16 and bfloat16 are computed on tensor cores here";
   if (call.rank < 8 || call.rank > 256) return "the rank must lie between 8 and 256";
   if (call.rank % kUnit != 0 || call.channels % kUnit != 0 || call.channels == 0)
     return "the rank and the number of channels must be multiples of 8";
@@ -478,8 +479,8 @@ inline size_t sample_conv_shared_bytes(const GatedLowrankConv2dCall& call, int c
 }
 
 template <class T, int kRank, bool kCluster>
-cudaError_t launch_sample_conv(const GatedLowrankConv2dCall& call, int cluster) {
-  if (call.batch * cluster > INT32_MAX) return cudaErrorNotSupported;
+int launch_sample_conv(const GatedLowrankConv2dCall& call, int cluster) {
+  if (call.batch * cluster > INT32_MAX) return static_cast<int>(cudaErrorNotSupported);
   SampleConvArguments arguments{};
   static_cast<GatedLowrankConv2dCall&>(arguments) = call;
   arguments.window = static_cast<int>(call.channels * call.kernel_height * call.kernel_width);
@@ -490,7 +491,8 @@ cudaError_t launch_sample_conv(const GatedLowrankConv2dCall& call, int cluster) 
   shape.cluster = cluster;
   shape.shared_bytes = SampleConvLayout<kRank>::shared_bytes(arguments.t_rows);
   shape.after_previous = call.after_previous;
-  return launch(shape, call.stream, sample_conv_kernel<T, kRank, kCluster>, arguments);
+  return static_cast<int>(
+      launch(shape, static_cast<cudaStream_t>(call.stream), sample_conv_kernel<T, kRank, kCluster>, arguments));
 }
 
 }  // namespace inherit_kernels::cuda
