@@ -152,6 +152,7 @@ class Rehearsal:
     compiler: str | None = "eager"
 
     def __init__(self) -> None:
+        torch.set_num_threads(1)  # on a busy machine, small calls on several threads wait for each other
         self.device = torch.device("cpu")
         self.l2, self.memory, self.processors = 1 << 20, 1 << 32, 1
 
