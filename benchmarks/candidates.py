@@ -17,6 +17,7 @@ from benchmarks.baselines import Runner, Setting, Unavailable, peers_of
 from benchmarks.baselines.layers import ACTIVATIONS
 from benchmarks.correctness import Truth, mask_kink
 from benchmarks.suites import Point, work_of
+from inherit_kernels.dispatch import _forced
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing import make_inputs
 from inherit_kernels.testing.cases import generator_on
@@ -186,7 +187,7 @@ def _in_backend(name: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
     if name is None:
         return call
     context = contextvars.copy_context()
-    context.run(lambda: inherit_kernels.use_backend(name).__enter__())
+    context.run(_forced.set, name)  # entering `use_backend` here and dropping it would reset it at once
     return partial(context.run, call)
 
 

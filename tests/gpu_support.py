@@ -39,16 +39,23 @@ def full_arguments(op: str, inputs: dict[str, Any], options: dict[str, Any]) -> 
     return spec.normalise(tuple(inputs.values()), tuple(full.values()))
 
 
-def skip_unless_served(
+def declines(
     op: str, backend: str, case: Case, dtype: torch.dtype, device: str, training: bool = False
-) -> None:
-    """Skip with the backend's own sentence."""
+) -> str | None:
+    """The backend's sentence why it cannot serve the case, or None."""
     inputs = {name: None for name in OPS[op].tensors}
     inputs |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.shapes.items()}
     tensors, options = full_arguments(op, inputs, case.options)
     problem = problem_of(OPS[op], tensors, options, training)
     on_device = type(problem)(problem.op, dtype, torch.device(device), problem.sizes, options, training)
-    sentence = OPS[op].backends[backend].supports(on_device)
+    return OPS[op].backends[backend].supports(on_device)
+
+
+def skip_unless_served(
+    op: str, backend: str, case: Case, dtype: torch.dtype, device: str, training: bool = False
+) -> None:
+    """Skip with the backend's own sentence."""
+    sentence = declines(op, backend, case, dtype, device, training)
     if sentence is not None:
         pytest.skip(f"{backend} not proven: {sentence}")
 

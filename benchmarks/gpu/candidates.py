@@ -133,7 +133,12 @@ class Case:
     def _truth(self, setting: Setting) -> Truth:
         point = self.item.point
         flops = work_of(point, 4, setting.training).flops
-        return Truth(lambda tensors: factored(point, tensors), setting.inputs, setting.cotangent, flops)
+        # In float64 it would take longer to try every algorithm of cuDNN than to run the slowest.
+        torch.backends.cudnn.benchmark, wanted = False, torch.backends.cudnn.benchmark
+        try:
+            return Truth(lambda tensors: factored(point, tensors), setting.inputs, setting.cotangent, flops)
+        finally:
+            torch.backends.cudnn.benchmark = wanted
 
     def _check(self, candidate: Candidate, results: Sequence[Tensor]) -> None:
         """Ours by the accuracy rule on every element; a peer by a looser one on its first rows.

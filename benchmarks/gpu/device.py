@@ -34,6 +34,7 @@ class Cuda:
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         torch.backends.cudnn.benchmark = True  # the peers' convolutions as fast as cuDNN has them
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in the products it is by torch's default
         properties: Any = torch.cuda.get_device_properties(self.device)
         self.l2 = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
         self.memory = int(properties.total_memory)
@@ -83,8 +84,10 @@ class Cuda:
             with torch.cuda.graph(graph, pool=self._pool):
                 for call in calls:
                     call()
-        finally:  # a capture that fails leaves its own stream behind as the current one
+        except BaseException:  # a capture that failed leaves its own stream as the current one, and its pool in use
             torch.cuda.set_stream(current)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         graph.replay()
         torch.cuda.synchronize()
         return graph.replay

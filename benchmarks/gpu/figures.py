@@ -33,7 +33,6 @@ class Figure:
     value: Callable[[Rows, str, str], float | None]  # of a measurement, a state of L2, one of ours
     unit: str = "×"
     lower: bool = False  # whether less is better
-    state_matters: bool = True
     contains: Callable[[Rows], bool] = lambda rows: True
 
 
@@ -138,7 +137,7 @@ FIGURES = [
     Figure("backward", "backward", "four GEMMs, cuDNN", 1.0, ratio("four GEMMs", "cuDNN backward")),
     Figure("backward", "backward, gated", "composed in torch", 1.0, ratio("unfused"), contains=lambda rows: _gated(rows)),
     Figure(
-        "backward", "backward, gated", "memory in H outputs, at most", 1.0, output_sizes, lower=True, state_matters=False
+        "backward", "backward, gated", "memory in H outputs, at most", 1.0, output_sizes, lower=True
     ),
     Figure("training", "forward + backward, gated", "published", 1.0, ratio(*STACK)),
 ]

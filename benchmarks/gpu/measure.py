@@ -39,7 +39,8 @@ def measure(
         skipped: candidates that are not to be tried, and why.
     """
     device.begin()
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # a case's compiled peers share one code object, so that its limit must be a case's
+    torch._dynamo.config.recompile_limit = 64
     product_rate = rates.product(item.dtype)
     journal("inputs and truth")
     case = Case(item, device)

@@ -84,7 +84,6 @@ def _module(layer: Callable[[Setting], nn.Module], compiled: dict[str, Any] | No
 
 
 def _compile(function: Callable[..., Tensor], options: dict[str, Any], compiler: str | None) -> Callable[..., Tensor]:
-    torch._dynamo.reset()
     return torch.compile(function, backend=compiler) if compiler else torch.compile(function, **options)
 
 

@@ -26,6 +26,7 @@ from inherit_kernels.dispatch import device_slug
 SILENCE = 150.0  # seconds without a line in the journal: the candidate hangs
 SILENCE_OF_AUTOTUNING = 300.0
 MOST_CRASHES = 3  # of one candidate of one op; then it is left out there
+OUT_OF_TIME = "out of time"
 SPARE = 25.0  # seconds in which it is worth starting a process again
 
 
@@ -39,7 +40,7 @@ def sweep(state: State) -> list[str]:
         entries = [json.loads(line) for line in state.journal.read_text().splitlines()]
         done = {entry["done"] for entry in entries if "done" in entry}
         state.keys = [key for key in state.keys if key not in done]
-        if ended is None:
+        if ended is None or ended == OUT_OF_TIME:
             break
         begun = [entry for entry in entries if "candidate" in entry]
         lonely = 0 if begun else lonely + 1
@@ -66,7 +67,7 @@ def _watch(state: State) -> str | None:
                 if silent > (SILENCE_OF_AUTOTUNING if tuning else SILENCE):
                     return f"no progress in {silent:.0f} s"
                 if time.time() > state.deadline + SPARE:
-                    return "out of time"
+                    return OUT_OF_TIME
     finally:
         worker.kill()
         worker.wait()

@@ -7,6 +7,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1: then every tensor is an allocation of its own 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,8 +35,8 @@ def points(op: str) -> Iterator[Point]:
             yield conv_point(op, 2, (c, side, n, 1, 1), r, 2, "contiguous", residual=True)
 
 
-def run(op: str, point: Point, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    """Forward, and backward where there is one, against the definition on the CPU; the sentence of a backend that declines.
+def run(op: str, point: Point, backend: str, dtype: torch.dtype, device: str, training: bool) -> str | None:
+    """One call, in training with its backward, against the definition on the CPU; the sentence of a backend that declines.
 
     Raises:
         AssertionError: a result is wrong.
@@ -46,20 +47,20 @@ def run(op: str, point: Point, backend: str, dtype: torch.dtype, device: str) ->
     names = [part.split()[-1] for part in spec.options.split(", ")]
     full = dict(zip(names, spec.default_options, strict=True)) | options
     tensors, chosen = spec.normalise(tuple(on_device.values()), tuple(full.values()))
-    sentence = spec.backends[backend].supports(problem_of(spec, tensors, chosen, True))
+    sentence = spec.backends[backend].supports(problem_of(spec, tensors, chosen, training))
     if sentence is not None:
         return sentence
     function = getattr(inherit_kernels, op)
 
     def step(given: dict[str, Any], chosen_backend: str) -> list[Tensor]:
-        leaves = {k: v if v is None else v.detach().requires_grad_() for k, v in given.items()}
+        leaves = {k: v if v is None else v.detach().requires_grad_(training) for k, v in given.items()}
         with inherit_kernels.use_backend(chosen_backend):
             y = function(*leaves.values(), **options)
+        if not training:
+            return [y]
         present = [leaf for leaf in leaves.values() if leaf is not None]
         cotangent = torch.ones(y.shape, dtype=y.dtype).to(y.device)
-        with inherit_kernels.use_backend(chosen_backend), torch.no_grad():
-            alone = function(*given.values(), **options)
-        return [alone, y.detach(), *torch.autograd.grad(y, present, cotangent)]
+        return [y.detach(), *torch.autograd.grad(y, present, cotangent)]
 
     wide = {k: v if v is None else v.double() for k, v in inputs.items()}
     for actual, expected in zip(step(on_device, backend), step(wide, "reference"), strict=True):
@@ -82,8 +83,8 @@ def main() -> None:
             sentences.append(f"{op} has no backend {arguments.backend}")
             continue
         for point in points(op):
-            for dtype in arguments.dtype:
-                sentence = run(op, point, arguments.backend, getattr(torch, dtype), arguments.device)
+            for dtype, training in itertools.product(arguments.dtype, (False, True)):
+                sentence = run(op, point, arguments.backend, getattr(torch, dtype), arguments.device, training)
                 served += sentence is None
                 sentences += [sentence] if sentence else []
     print(f"{arguments.backend}: {served} cases ran, {len(sentences)} declined", *dict.fromkeys(sentences), sep="\n  ")

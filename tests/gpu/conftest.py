@@ -37,8 +37,10 @@ def cuda(device) -> str:
 
 
 @pytest.fixture(autouse=True)
-def the_device_lives(device):
+def a_device_that_lives(device):
     """After an illegal access a process can use the device no more: end it, so that what fails next is not blamed."""
+    torch.backends.cudnn.deterministic = True  # what torch computes must repeat too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     if device == "cuda":
         try:

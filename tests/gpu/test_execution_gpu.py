@@ -23,6 +23,7 @@ def opened(device):
     """The device of the benchmark house: its capture is what a user of CUDA graphs does."""
     opened = open_device(rehearse=device == "cpu")
     opened.begin()
+    torch.backends.cudnn.benchmark = False  # results are compared bit for bit, also those of torch's own products
     return opened
 
 
