@@ -60,8 +60,8 @@ tests() { # seconds
   mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
   if [ -n "$rehearse" ]; then
     extra+=(--gpu-rehearsal)
-  elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # the time goes into compiling Triton kernels: one process a few cores
-    extra+=(-n 8 --max-worker-restart 100)
+  elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # the time goes into compiling Triton kernels: so many at a time
+    extra+=(-n 12 --max-worker-restart 100)
   fi
   "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 150)
   # The repository's own options are replaced, so that a plugin which is not here cannot matter.

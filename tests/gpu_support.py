@@ -19,15 +19,15 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 def backends(op: str | None = None) -> list:
     """Parameters (op, backend): every backend but the definition itself."""
     ops = [op] if op else list(OPS)
-    return [
-        pytest.param(op, name, id=f"{op}-{name}") for op in ops for name in OPS[op].backends if name != "reference"
-    ]
+    return [pytest.param(op, name, id=f"{op}-{name}") for op in ops for name in OPS[op].backends if name != "reference"]
 
 
 def grid() -> list:
     """Parameters (op, backend, case)."""
     return [
-        pytest.param(*pair.values, case, id=f"{pair.id}-{case}") for pair in backends() for case in cases_of(pair.values[0])
+        pytest.param(*pair.values, case, id=f"{pair.id}-{case}")
+        for pair in backends()
+        for case in cases_of(pair.values[0])
     ]
 
 
@@ -39,11 +39,9 @@ def full_arguments(op: str, inputs: dict[str, Any], options: dict[str, Any]) -> 
     return spec.normalise(tuple(inputs.values()), tuple(full.values()))
 
 
-def declines(
-    op: str, backend: str, case: Case, dtype: torch.dtype, device: str, training: bool = False
-) -> str | None:
+def declines(op: str, backend: str, case: Case, dtype: torch.dtype, device: str, training: bool = False) -> str | None:
     """The backend's sentence why it cannot serve the case, or None."""
-    inputs = {name: None for name in OPS[op].tensors}
+    inputs: dict[str, Any] = dict.fromkeys(OPS[op].tensors)
     inputs |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.shapes.items()}
     tensors, options = full_arguments(op, inputs, case.options)
     problem = problem_of(OPS[op], tensors, options, training)

@@ -124,7 +124,8 @@ class Case:
         with torch.no_grad():
             _, t = backend.forward_saving(*tensors, *options)
         needs = [tensor is not None for tensor in tensors[:-1]]
-        run = partial(backend.backward, setting.cotangent, t, *tensors[:-1], *options, needs)
+        dz: Any = setting.cotangent
+        run = partial(backend.backward, dz, t, *tensors[:-1], *options, needs)
         resolved = next(key for key, known in spec.backends.items() if known is backend)
         return Runner(run, lambda found: tuple(value for value in found if value is not None)), resolved
 

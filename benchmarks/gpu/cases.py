@@ -69,7 +69,9 @@ def _has(item: Item, name: str) -> bool:
 
 def _is_decode(item: Item) -> bool:
     s = item.sizes
-    return item.point.op == LINEAR and _plain(item) and s["M"] <= 16 and s["K"] == s["N"] == 4096 and 64 <= s["R"] <= 256
+    return (
+        item.point.op == LINEAR and _plain(item) and s["M"] <= 16 and s["K"] == s["N"] == 4096 and 64 <= s["R"] <= 256
+    )
 
 
 def _is_large(item: Item) -> bool:

@@ -135,10 +135,10 @@ FIGURES = [
     Figure("gated_conv", "gated conv, H=3", "published", 4.0, ratio(*STACK)),
     Figure("gated_conv", "gated conv, H=3", "dense conv", 1.0, ratio(*DENSE)),
     Figure("backward", "backward", "four GEMMs, cuDNN", 1.0, ratio("four GEMMs", "cuDNN backward")),
-    Figure("backward", "backward, gated", "composed in torch", 1.0, ratio("unfused"), contains=lambda rows: _gated(rows)),
     Figure(
-        "backward", "backward, gated", "memory in H outputs, at most", 1.0, output_sizes, lower=True
+        "backward", "backward, gated", "composed in torch", 1.0, ratio("unfused"), contains=lambda rows: _gated(rows)
     ),
+    Figure("backward", "backward, gated", "memory in H outputs, at most", 1.0, output_sizes, lower=True),
     Figure("training", "forward + backward, gated", "published", 1.0, ratio(*STACK)),
 ]
 
@@ -174,5 +174,7 @@ def _in_regime(rows: Rows, regime: str) -> bool:
 
 def _fastest_of_ours(rows: Rows, state: str) -> str:
     times = times_of(rows, state)
-    ours = {row["candidate"]: times[row["candidate"]] for row in rows if row["kind"] == "ours" and row["candidate"] in times}
+    ours = {
+        row["candidate"]: times[row["candidate"]] for row in rows if row["kind"] == "ours" and row["candidate"] in times
+    }
     return min(ours, key=ours.__getitem__) if ours else AUTOMATIC

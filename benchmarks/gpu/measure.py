@@ -122,7 +122,11 @@ def _describe(
     for state in ("cold", "warm"):
         found = clocked.timing(state)
         if found is not None:
-            row |= {f"{state}_us_p20": _us(found.low), f"{state}_us": _us(found.median), f"{state}_us_p80": _us(found.high)}
+            row |= {
+                f"{state}_us_p20": _us(found.low),
+                f"{state}_us": _us(found.median),
+                f"{state}_us_p80": _us(found.high),
+            }
     eager = clocked.timing("eager")
     if eager is not None:
         row["eager_us"] = _us(eager.median)

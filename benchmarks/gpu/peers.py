@@ -5,6 +5,7 @@ Every peer is a function of the sets' `Setting`s; it returns one runner a set, a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,8 @@ def _module(layer: Callable[[Setting], nn.Module], compiled: dict[str, Any] | No
     def make(settings: Sequence[Setting], compiler: str | None) -> list[Runner]:
         modules = [_laid_out(layer(setting).eval(), setting) for setting in settings]
         if compiled is None:
-            return [
-                setting.runner(module, _leaves(module)) for setting, module in zip(settings, modules, strict=True)
-            ]
-        shape = modules[0]
+            return [setting.runner(module, _leaves(module)) for setting, module in zip(settings, modules, strict=True)]
+        shape = copy.deepcopy(modules[0]).to("meta")  # were its tensors those of a set, that set would compile anew
 
         def run(tensors: dict[str, Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
             return functional_call(shape, tensors, (x, residual))
@@ -95,7 +94,7 @@ def _leaves(module: nn.Module) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _laid_out(module: nn.Module, setting: Setting) -> nn.Module:
+def _laid_out(module: Any, setting: Setting) -> nn.Module:
     """Weights in the images' memory format, as cuDNN wants them."""
     x: Any = setting.inputs["x"]
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -140,7 +139,8 @@ def _four_gemms(settings: Sequence[Setting], compiler: str | None) -> list[Runne
 
     def runner(setting: Setting) -> Runner:
         inputs: Any = setting.inputs
-        x, down, up, dz = inputs["x"], inputs["down"], inputs["up"], setting.cotangent
+        dz: Any = setting.cotangent
+        x, down, up = inputs["x"], inputs["down"], inputs["up"]
         t = F.linear(x, down)
         biased = inputs["bias"] is not None
 
@@ -160,7 +160,7 @@ def _conv_backward(settings: Sequence[Setting], compiler: str | None) -> list[Ru
     def runner(setting: Setting) -> Runner:
         inputs: Any = setting.inputs
         x, dz = inputs["x"], setting.cotangent
-        window = [_pair(setting.window.get(key, default)) for key, default in _WINDOW]
+        window: Any = [_pair(setting.window.get(key, default)) for key, default in _WINDOW]
         as_images = {"memory_format": torch.channels_last} if not x.is_contiguous() else {}
         down = inputs["down"].contiguous(**as_images)
         up = inputs["up"][:, :, None, None].contiguous(**as_images)

@@ -7,7 +7,9 @@
 constexpr int kThreads = 96;
 
 // Writes past the end of p_out [64].
-__global__ void out_of_bounds_kernel(float* p_out) { p_out[threadIdx.x] = 1.0f; }
+__global__ void out_of_bounds_kernel(float* p_out) {
+  p_out[threadIdx.x] = 1.0f;
+}
 
 // Reads what another warp writes, without a barrier between them.
 __global__ void race_kernel(float* p_out) {

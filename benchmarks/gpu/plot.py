@@ -42,7 +42,7 @@ def draw(op: str, measured: Measured, folder: Path) -> Path | None:
     if not found:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.3 * max(len(found), 8)), width_ratios=(2, 1))
-    for line, (name, values) in enumerate(found.items()):
+    for line, values in enumerate(found.values()):
         spread = [line + 0.22 * ((7 * i) % 5 - 2) / 2 for i in range(len(values))]
         left.plot(values, spread, "o", color=BLUE, markersize=4, alpha=0.7)
         left.plot([geometric_mean(values)] * 2, [line - 0.35, line + 0.35], color="black", linewidth=1.5)

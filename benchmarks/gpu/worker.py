@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def work(state: State) -> None:
     device = open_device(state.rehearse)
     stamp = rows.stamp(device, state.commit)
     _note(state, stamp=stamp)
-    say(f"{stamp['gpu']}, driver {stamp['driver']}, torch {stamp['torch']}, triton {stamp['triton']}, {stamp['commit']}")
+    say(
+        f"{stamp['gpu']}, driver {stamp['driver']}, torch {stamp['torch']}, triton {stamp['triton']}, {stamp['commit']}"
+    )
     rates = Rates(device)
     say(f"copy {rates.copy / 1e9:,.0f} GB/s, bfloat16 products {rates.product('bfloat16') / 1e12:,.1f} TFLOP/s")
     spent: dict[bool, list[float]] = {False: [], True: []}
@@ -79,7 +82,7 @@ def work(state: State) -> None:
                 continue
             break
         skipped = state.banned.get(item.point.op, {}) | state.skipped.get(item.key, {})
-        found = measure(item, device, rates, stamp, skipped, lambda what: _note(state, key=item.key, candidate=what))
+        found = measure(item, device, rates, stamp, skipped, partial(_begin, state, item.key))
         rows.append(state.results, found)
         spent[slow].append(time.time() - start)
         _note(state, done=item.key)
@@ -95,8 +98,14 @@ def headline(found: Sequence[dict[str, Any]]) -> str:
     if peers:
         best = min(peers, key=lambda row: row["cold_us"])
         parts.append(f"best peer {best['candidate']} {best['cold_us']:.1f} µs")
-    parts += [f"{row['candidate']} {row['status']}: {row['note']}" for row in found if row["status"] in ("failed", "wrong")]
+    parts += [
+        f"{row['candidate']} {row['status']}: {row['note']}" for row in found if row["status"] in ("failed", "wrong")
+    ]
     return ", ".join(parts)
+
+
+def _begin(state: State, key: str, candidate: str) -> None:
+    _note(state, key=key, candidate=candidate)
 
 
 def _note(state: State, **content: Any) -> None:

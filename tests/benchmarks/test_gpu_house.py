@@ -100,11 +100,8 @@ def test_a_wrong_a_failing_and_a_skipped_candidate_are_rows(measured, monkeypatc
     assert found["unfused"]["status"] == "wrong" and "cold_us" not in found["unfused"]
     assert found["dense"]["status"] == "failed" and "-11" in found["dense"]["note"]
     assert found["pair"]["status"] == "ok" and found["pair"]["cold_us"] > 0 and found["pair"]["eager_us"] > 0
-    assert visited == ["inputs and truth", "automatic", *(n for n in OPS[cases.LINEAR].backends if n != "reference")] + [
-        "pair",
-        "dense",
-        "timing",
-    ]
+    backends = [name for name in OPS[cases.LINEAR].backends if name != "reference"]
+    assert visited == ["inputs and truth", "automatic", *backends, "pair", "dense", "timing"]
     monkeypatch.setattr(unfused, "forward", out_of_memory)
     OPS[cases.LINEAR].forwards.clear()
     found, _ = measured(item)
@@ -151,7 +148,9 @@ def test_a_candidate_that_crashes_again_and_again_is_left_out_of_the_op(tmp_path
     state = a_state(tmp_path, keys)
 
     def watch(state):
-        waiting = [key for key in state.keys if key not in state.skipped and "triton" not in state.banned.get(cases.LINEAR, {})]
+        waiting = [
+            key for key in state.keys if key not in state.skipped and "triton" not in state.banned.get(cases.LINEAR, {})
+        ]
         lines = [{"done": key} for key in state.keys if key in state.skipped or not waiting]
         if waiting:
             lines.append({"key": waiting[0], "candidate": "triton"})
@@ -173,7 +172,9 @@ def test_a_process_that_never_begins_is_started_twice_only(tmp_path, monkeypatch
 # --- figures -----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(candidates: dict[str, float], regimes: str, case: str = "16x4096->256->4096", **more) -> list[dict[str, str]]:
+def rows_of(
+    candidates: dict[str, float], regimes: str, case: str = "16x4096->256->4096", **more
+) -> list[dict[str, str]]:
     """Rows of one measurement, cold and warm alike."""
     common = dict.fromkeys(rows.COLUMNS, "") | {
         "op": "lowrank_linear",
