@@ -115,6 +115,7 @@ sanitize() { # seconds
 
 tune() { # seconds
   local before
+  [ -n "$rehearse" ] && echo "tune: not rehearsed: it would write tables of this CPU" && return
   before=$(mktemp)
   within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda "${rest[@]}" || { failed=1 && echo "tune: exit $?"; }
   if [ -n "${OUT:-}" ]; then
