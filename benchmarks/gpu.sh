@@ -65,11 +65,11 @@ tests() { # seconds
   fi
   "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 150)
   # The repository's own options are replaced, so that a plugin which is not here cannot matter.
-  within "$1" "$PYTHON" -m pytest -o addopts= --import-mode=importlib -m gpu -p no:cacheprovider -q --tb=short -rfE \
+  timeout -s INT -k 15 "$1" "$PYTHON" -m pytest -o addopts= --import-mode=importlib -m gpu -p no:cacheprovider -q --tb=short -rfE \
     "${extra[@]}" "${files[@]}" >"$logs/check.txt" 2>&1
   code=$?
   tail -n 40 "$logs/check.txt" | cut -c1-300
-  [ $code -eq 0 ] || failed=1
+  [ $code -eq 0 ] || [ $code -eq 124 ] || failed=1
   [ $code -eq 124 ] && echo "tests: stopped after $1 s, the rest was not run"
   echo "tests: exit $code, skipped: $(grep -Eo '[0-9]+ skipped' "$logs/check.txt" | tail -1)"
 }
@@ -78,10 +78,10 @@ reported() { # log: whether compute-sanitizer reported an error
   grep -qE '(ERROR|RACECHECK) SUMMARY: [1-9]' "$1"
 }
 
-sanitize() { # seconds
-  local tool folder code
+sanitize() {
+  local tool folder code check seconds
   if [ -n "$rehearse" ]; then
-    within "$1" "$PYTHON" -m benchmarks.gpu.sanitize unfused --device cpu --dtype float32 || failed=1
+    "$PYTHON" -m benchmarks.gpu.sanitize unfused --device cpu --dtype float32 || failed=1
     return
   fi
   tool=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer 2>/dev/null | head -1)
@@ -95,7 +95,9 @@ sanitize() { # seconds
       continue
     fi
     [ "$(left)" -lt 30 ] && echo "$check: not run: no time left" && continue
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$1" "$tool" --tool $check --print-limit 5 \
+    seconds=$(($(left) - 10))
+    [ $check = memcheck ] && seconds=$((seconds / 2))
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$seconds" "$tool" --tool $check --print-limit 5 \
       "$PYTHON" -m benchmarks.gpu.sanitize native >"$folder/log" 2>&1
     code=$?
     cat "$folder/log" >>"$logs/check.txt"
@@ -106,7 +108,7 @@ sanitize() { # seconds
     elif [ $code -eq 3 ]; then
       echo "$check: not run: the native backend serves nothing here"
     elif [ $code -eq 124 ]; then
-      echo "$check: not run to its end in $1 s"
+      echo "$check: not run to its end in $seconds s"
     else
       failed=1 && echo "$check: ended with $code" && tail -n 5 "$folder/log"
     fi
@@ -114,10 +116,12 @@ sanitize() { # seconds
 }
 
 tune() { # seconds
-  local before
+  local before code
   [ -n "$rehearse" ] && echo "tune: not rehearsed: it would write tables of this CPU" && return
   before=$(mktemp)
-  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda "${rest[@]}" || { failed=1 && echo "tune: exit $?"; }
+  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda "${rest[@]}"
+  code=$?
+  [ $code -eq 0 ] || { failed=1 && echo "tune: exit $code"; }
   if [ -n "${OUT:-}" ]; then
     find inherit_kernels/configs -newer "$before" -name '*.json' -print0 | tar czf "$OUT/configs.tar.gz" --null -T -
   fi
@@ -134,7 +138,7 @@ main() {
   echo "results go to $results"
   build
   case $part in
-    check) tests $(($(left) * 3 / 4)) && sanitize 120 ;;
+    check) tests $(($(left) * 3 / 5)) && sanitize ;;
     tune) tune "$(left)" ;;
     sweep) sweep "$(left)" ;;
     all)
