@@ -17,8 +17,10 @@ from benchmarks.baselines import Runner, Setting, Unavailable, peers_of
 from benchmarks.baselines.layers import ACTIVATIONS
 from benchmarks.correctness import Truth, mask_kink
 from benchmarks.suites import Point, work_of
+from inherit_kernels.dispatch import _forced
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing import make_inputs
+from inherit_kernels.testing.cases import generator_on
 
 OURS = ("automatic", "packed")  # beside the backends by name
 
@@ -73,14 +75,15 @@ def set_up(point: Point, dtype: torch.dtype, training: bool) -> tuple[Setting, T
     return setting, truth, Truth(lambda tensors: whole(setting, tensors), dense_inputs, None, dense_flops)
 
 
-def set_up_without_truth(point: Point, dtype: torch.dtype, training: bool) -> Setting:
+def set_up_without_truth(point: Point, dtype: torch.dtype, training: bool, device: str = "cpu") -> Setting:
     """The tensors of a case, in training with the gradient at y."""
-    inputs = make_inputs(point.op, point.case, dtype, layout=point.layout)
+    inputs = make_inputs(point.op, point.case, dtype, device=device, layout=point.layout)
     with torch.no_grad():
         y = factored(point, inputs)
     setting = Setting(point, dtype, inputs, _dense_weights(inputs, dtype), y.shape)
     if training:
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1000), dtype=torch.float64).to(dtype)
+        generator = generator_on(device, 1000)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
         if setting.options.get("activation") == "relu":
             wide = {name: None if value is None else value.double() for name, value in inputs.items()}
             with torch.no_grad():
@@ -110,9 +113,10 @@ def _memory_format(y: Tensor) -> torch.memory_format:
 def _dense_weights(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor | None]:
     """Random, of the scale that keeps the output of order one."""
     shape = (inputs["up"].shape[-2], *inputs["down"].shape[1:])
-    generator = torch.Generator().manual_seed(7)
-    weight = torch.randn(shape, generator=generator) / _depth(shape) ** 0.5
-    bias = None if inputs["bias"] is None else torch.randn(shape[0], generator=generator).to(dtype)
+    device = inputs["up"].device
+    generator = generator_on(device, 7)
+    weight = torch.randn(shape, generator=generator, device=device) / _depth(shape) ** 0.5
+    bias = None if inputs["bias"] is None else torch.randn(shape[0], generator=generator, device=device).to(dtype)
     return {"weight": weight.to(dtype), "bias": bias}
 
 
@@ -183,7 +187,7 @@ def _in_backend(name: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
     if name is None:
         return call
     context = contextvars.copy_context()
-    context.run(lambda: inherit_kernels.use_backend(name).__enter__())
+    context.run(_forced.set, name)  # entering `use_backend` here and dropping it would reset it at once
     return partial(context.run, call)
 
 

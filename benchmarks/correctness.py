@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inherit_kernels.testing.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, PERTURBATIONS, assert_within
+from inherit_kernels.testing.cases import generator_on
 
 PEER_FACTOR = 32  # engines approximate erf and exp, and round each head: still far from a wrong answer
 PEER_ELEMENT = 64
@@ -103,7 +104,8 @@ def _evaluate(
 def _perturb(value: Tensor | None, epsilon: float, seed: int) -> Tensor | None:
     if value is None:
         return None
-    signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    generator = generator_on(value.device, seed)
+    signs = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
     return value.double() * (1 + epsilon * signs)
 
 

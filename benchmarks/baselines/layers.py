@@ -62,7 +62,7 @@ def Published(setting: Setting) -> nn.Module:
         module = GatedLowRankConv2d(channels, outputs, size, rank, heads, bias=biased, **setting.window)
     else:
         module = GatedLowRankLinear(inputs["down"].shape[1], outputs, rank, heads, bias=biased)
-    module = module.to(setting.dtype)
+    module = module.to(inputs["up"])
     names = {"down": "down", "up": "up", "bias": "bias", "gate.weight": "gate_weight", "gate.bias": "gate_bias"}
     module.load_state_dict({key: inputs[name] for key, name in names.items() if inputs[name] is not None})
     return Epilogue(published_layer(module), setting.options.get("activation"))
@@ -70,12 +70,12 @@ def Published(setting: Setting) -> nn.Module:
 
 def _layer(weight: Any, bias: Tensor | None, window: dict[str, Any] | None) -> nn.Module:
     """A linear layer, or a convolution where there is a window, with these weights."""
-    biased, dtype = bias is not None, weight.dtype
+    biased, placed = bias is not None, {"dtype": weight.dtype, "device": weight.device}
     layer: Any
     if window is None:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biased, dtype=dtype)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biased, **placed)
     else:
-        layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=biased, dtype=dtype, **window)
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=biased, **placed, **window)
     with torch.no_grad():
         layer.weight.copy_(weight)
         if biased:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inherit_kernels.dispatch import use_backend
 from inherit_kernels.registry import OPS, OpSpec
-from inherit_kernels.testing.cases import Case, make_inputs
+from inherit_kernels.testing.cases import Case, generator_on, make_inputs
 
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
 ELEMENT = 8
@@ -177,9 +177,9 @@ def _cotangent(
     spec: OpSpec, case: Case, inputs: dict[str, Any], shape: torch.Size, dtype: torch.dtype, seed: int
 ) -> Tensor:
     """Random, rounded to the dtype, and zero where relu has its kink, where either one-sided derivative is right."""
-    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
     device = next(value.device for value in inputs.values() if value is not None)
-    cotangent = cotangent.to(dtype).to(device)
+    generator = generator_on(device, seed + 1000)
+    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
     if case.options.get("activation") == "relu" and cotangent.numel() > 0:
         wide = {name: None if value is None else value.double() for name, value in inputs.items()}
         z = _reference(spec, case, wide, activation=None)
@@ -190,13 +190,14 @@ def _cotangent(
 
 def _perturb(values: dict[str, Any], dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Every element times 1 ± ε of the dtype, in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next((value.device for value in values.values() if value is not None), torch.device("cpu"))
+    generator = generator_on(device, seed)
     epsilon = torch.finfo(dtype).eps
 
     def moved(value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
-        signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device) * 2 - 1
+        signs = torch.randint(0, 2, value.shape, generator=generator, device=device) * 2 - 1
         return value.double() * (1 + epsilon * signs)
 
     return {name: moved(value) for name, value in values.items()}

@@ -55,7 +55,7 @@ def make_inputs(
     Returns:
         name -> tensor, None for an optional tensor that the case leaves out, in the op's argument order.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_on(device, seed)
     tensors: dict[str, Tensor | None] = {}
     for name in OPS[op].tensors:
         shape = case.shapes.get(name)
@@ -63,8 +63,8 @@ def make_inputs(
             tensors[name] = None
             continue
         depth = {"down": _product(shape[1:]), "up": shape[-1], "gate_weight": shape[-1]}.get(name, 1)
-        value = torch.randn(shape, generator=generator, dtype=torch.float64) / max(depth, 1) ** 0.5
-        tensors[name] = _laid_out(value.to(dtype).to(device), layout, is_image=name in ("x", "residual"))
+        value = torch.randn(shape, generator=generator, dtype=torch.float64, device=device) / max(depth, 1) ** 0.5
+        tensors[name] = _laid_out(value.to(dtype), layout, is_image=name in ("x", "residual"))
     return tensors
 
 
@@ -74,6 +74,14 @@ def arguments_of(op: str, inputs: dict[str, Tensor | None], case: Case) -> tuple
     names = [part.split()[-1] for part in spec.options.split(", ")]
     options = dict(zip(names, spec.default_options, strict=True)) | case.options
     return spec.normalise(tuple(inputs.values()), tuple(options.values()))
+
+
+def generator_on(device: torch.device | str, seed: int) -> torch.Generator | None:
+    """Random numbers made where they are needed: one CPU thread takes seconds for the inputs of a large GPU case.
+
+    None for meta tensors, which hold no numbers.
+    """
+    return None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def _laid_out(value: Tensor, layout: str, is_image: bool) -> Tensor:

@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, on a fresh machine with torch >= 2.11, triton and nvcc and without a network.
+#
+#   benchmarks/gpu.sh [all|check|sweep|tune] [--minutes 9] [arguments of the part]
+#
+# check   pytest -m gpu, then compute-sanitizer's memcheck and racecheck on the CUDA C++ kernels
+# sweep   the figures: python -m benchmarks.gpu.run; --part 1/3 … 3/3 split it, --op, --only REGIME choose, --resume goes on
+# tune    the dispatch tables: python -m inherit_kernels.tune --device cuda
+# all     check in at most a third of the time, the sweep's most important cases in the rest
+#
+# Results go to $OUT if it is set, else to benchmarks/results/<device>/ (logs: build/gpu/). --rehearse runs the same on a CPU
+# with tiny cases. PYTHON names the interpreter. It keeps --minutes, and what it prints last is the table of figures.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+part=all minutes=9 rehearse="" rest=()
+case "${1:-}" in all | check | sweep | tune) part=$1 && shift ;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --minutes) minutes=$2 && shift 2 ;;
+    --rehearse) rehearse=1 && shift ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) rest+=("$1") && shift ;;
+  esac
+done
+budget=$("$PYTHON" -c "print(int(60 * float('$minutes')))") || exit 2
+left() { echo $((budget - SECONDS > 0 ? budget - SECONDS : 0)); }
+within() { # seconds command…: the command, ended when its time is over
+  local seconds=$1 && shift
+  timeout -k 10 "$seconds" "$@"
+}
+
+gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv,noheader 2>/dev/null | head -1)
+slug=$(echo "${gpu%%,*}" | tr 'A-Z ' 'a-z-')
+[ -n "$rehearse" ] && slug=rehearsal && gpu="none: a rehearsal"
+results=${OUT:-benchmarks/results/${slug:-none}} logs=${OUT:-build/gpu}
+mkdir -p "$logs"
+failed=0
+
+build() {
+  [ -n "$rehearse" ] && return
+  local log
+  log=$(mktemp)
+  if INHERIT_KERNELS_BUILD=cuda within 200 "$PYTHON" setup.py native >"$log" 2>&1; then
+    echo "built with CUDA in $SECONDS s: $(ls -l inherit_kernels/_C.abi3.so | awk '{print $5}') bytes"
+  else
+    failed=1
+    echo "the build with CUDA failed:" && tail -n 25 "$log"
+    INHERIT_KERNELS_BUILD=auto within 120 "$PYTHON" setup.py native >"$log" 2>&1 || tail -n 5 "$log"
+  fi
+  "$PYTHON" -c "import inherit_kernels as ik, torch
+print(ik.status())
+print('self-test:', torch.ops.inherit_kernels_C.cuda_self_test() if ik._native.load() else ik._native.error)"
+}
+
+tests() { # seconds
+  local files extra=() code
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
+  if [ -n "$rehearse" ]; then
+    extra+=(--gpu-rehearsal)
+  elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # the time goes into compiling Triton kernels: so many at a time
+    extra+=(-n 12 --max-worker-restart 100)
+  fi
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 150)
+  # The repository's own options are replaced, so that a plugin which is not here cannot matter.
+  timeout -s INT -k 15 "$1" "$PYTHON" -m pytest -o addopts= --import-mode=importlib -m gpu -p no:cacheprovider -q --tb=short -rfE \
+    "${extra[@]}" "${files[@]}" >"$logs/check.txt" 2>&1
+  code=$?
+  tail -n 40 "$logs/check.txt" | cut -c1-300
+  [ $code -eq 0 ] || [ $code -eq 124 ] || failed=1
+  [ $code -eq 124 ] && echo "tests: stopped after $1 s, the rest was not run"
+  echo "tests: exit $code, skipped: $(grep -Eo '[0-9]+ skipped' "$logs/check.txt" | tail -1)"
+}
+
+reported() { # log: whether compute-sanitizer reported an error
+  grep -qE '(ERROR|RACECHECK) SUMMARY: [1-9]' "$1"
+}
+
+sanitize() {
+  local tool folder code check seconds
+  if [ -n "$rehearse" ]; then
+    "$PYTHON" -m benchmarks.gpu.sanitize unfused --device cpu --dtype float32 || failed=1
+    return
+  fi
+  tool=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer 2>/dev/null | head -1)
+  [ -z "$tool" ] && echo "compute-sanitizer: not run: it is not installed" && return
+  folder=$(mktemp -d)
+  PATH="$PATH:/usr/local/cuda/bin" nvcc -O1 -o "$folder/planted" benchmarks/gpu/planted.cu >"$folder/log" 2>&1
+  for check in memcheck racecheck; do
+    within 60 "$tool" --tool $check "$folder/planted" $check >"$folder/log" 2>&1
+    if ! reported "$folder/log"; then
+      echo "$check: not run: it does not find a planted error here: $(grep -v '^$' "$folder/log" | tail -1)"
+      continue
+    fi
+    [ "$(left)" -lt 30 ] && echo "$check: not run: no time left" && continue
+    seconds=$(($(left) - 10))
+    [ $check = memcheck ] && seconds=$((seconds / 2))
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$seconds" "$tool" --tool $check --print-limit 5 \
+      "$PYTHON" -m benchmarks.gpu.sanitize native >"$folder/log" 2>&1
+    code=$?
+    cat "$folder/log" >>"$logs/check.txt"
+    if reported "$folder/log"; then
+      failed=1 && echo "$check: ERRORS" && grep '=========' "$folder/log" | head -20
+    elif [ $code -eq 0 ]; then
+      echo "$check: no error; $(grep 'cases ran' "$folder/log")"
+    elif [ $code -eq 3 ]; then
+      echo "$check: not run: the native backend serves nothing here"
+    elif [ $code -eq 124 ]; then
+      echo "$check: not run to its end in $seconds s"
+    else
+      failed=1 && echo "$check: ended with $code" && tail -n 5 "$folder/log"
+    fi
+  done
+}
+
+tune() { # seconds
+  local before code
+  [ -n "$rehearse" ] && echo "tune: not rehearsed: it would write tables of this CPU" && return
+  before=$(mktemp)
+  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda "${rest[@]}"
+  code=$?
+  [ $code -eq 0 ] || { failed=1 && echo "tune: exit $code"; }
+  if [ -n "${OUT:-}" ]; then
+    find inherit_kernels/configs -newer "$before" -name '*.json' -print0 | tar czf "$OUT/configs.tar.gz" --null -T -
+  fi
+}
+
+sweep() { # seconds
+  "$PYTHON" -m benchmarks.gpu.run --results "$results" --minutes "$("$PYTHON" -c "print($1 / 60)")" \
+    ${rehearse:+--rehearse} "${rest[@]}" || failed=1
+  "$PYTHON" -m benchmarks.gpu.summary --markdown "$results" >"$logs/summary.md"
+}
+
+main() {
+  echo "${gpu:-no NVIDIA GPU was found}; $(date -u +%FT%TZ)"
+  echo "results go to $results"
+  build
+  case $part in
+    check) tests $(($(left) * 3 / 5)) && sanitize ;;
+    tune) tune "$(left)" ;;
+    sweep) sweep "$(left)" ;;
+    all)
+      tests $(($(left) / 3))
+      sweep "$(left)"
+      ;;
+  esac
+  return $failed
+}
+
+main 2>&1 | tee "$logs/log.txt"
+exit "${PIPESTATUS[0]}"
