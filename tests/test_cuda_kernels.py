@@ -137,7 +137,8 @@ class Run:
         if "t" in layer.extras.split():
             truth = self.tensors["x"] @ self.tensors["down"].T
             close = torch.from_numpy(from_bits(t.read(), self.dtype)) - truth
-            assert bool((close.abs() <= 2 * torch.finfo(DTYPES[self.dtype]).eps * (truth.abs() + 1)).all())
+            allowed = 2 * torch.finfo(DTYPES[self.dtype]).eps * (truth.abs() + 1) + 4e-6  # float32 sums of 4,300
+            assert bool((close.abs() <= allowed).all())
         return stored[:, : layer.out]
 
 
