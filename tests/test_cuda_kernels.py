@@ -3,8 +3,8 @@
 Every run uses guarded memory that starts as NaN, a poisoned workspace, and first computes another input into another
 output, so that what an earlier launch left cannot stand in for what a barrier should have waited for.
 
-Seen failing: each synchronisation of decode.h removed (the slow test below; only release_next_grid() may go), a layer
-said to be larger than its arrays, a kernel with 16 bytes of stack.
+Seen failing: each synchronisation of decode.h removed (the slow test below; only release_next_grid() may go) and a
+layer said to be larger than its arrays.
 """
 
 from __future__ import annotations
