@@ -2,6 +2,9 @@
 
 Every run uses guarded memory that starts as NaN, a poisoned workspace, and first computes another input into another
 output, so that what an earlier launch left cannot stand in for what a barrier should have waited for.
+
+Seen failing: each synchronisation of decode.h removed (the slow test below; only release_next_grid() may go) and a
+layer said to be larger than its arrays.
 """
 
 from __future__ import annotations
@@ -137,7 +140,8 @@ class Run:
         if "t" in layer.extras.split():
             truth = self.tensors["x"] @ self.tensors["down"].T
             close = torch.from_numpy(from_bits(t.read(), self.dtype)) - truth
-            assert bool((close.abs() <= 2 * torch.finfo(DTYPES[self.dtype]).eps * (truth.abs() + 1)).all())
+            allowed = 2 * torch.finfo(DTYPES[self.dtype]).eps * (truth.abs() + 1) + 4e-6  # float32 sums of 4,300
+            assert bool((close.abs() <= allowed).all())
         return stored[:, : layer.out]
 
 
@@ -299,7 +303,7 @@ def test_every_synchronisation_is_needed(number):
     module = build.load("decode", SOURCES, replace=(HEADER, text[:start] + text[end:]))
     layers = [Layer(16, 136, 40, 35, heads=4), Layer(3, 65, 17, 33), LONG[0]]
     caught = None
-    for layer, dtype, seed in itertools.product(layers, ("bfloat16", "float32"), range(4)):
+    for layer, dtype, seed in itertools.product(layers, ("float32", "bfloat16"), range(4)):
         try:
             check(module, layer, dtype, [seed])
         except (AssertionError, RuntimeError) as problem:

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include <cstddef>
-#include <stdexcept>
+#include <new>
 
 namespace inherit_kernels::emulation {
 
@@ -18,10 +18,12 @@ class Guarded {
     size_t pages = (used + page_ - 1) / page_ + 2;
     length_ = pages * page_;
     void* p = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::runtime_error("emulation: no memory could be mapped");
+    if (p == MAP_FAILED) throw std::bad_alloc();
     first_ = static_cast<char*>(p);
-    mprotect(first_, page_, PROT_NONE);
-    mprotect(first_ + length_ - page_, page_, PROT_NONE);
+    if (mprotect(first_, page_, PROT_NONE) || mprotect(first_ + length_ - page_, page_, PROT_NONE)) {
+      munmap(first_, length_);
+      throw std::bad_alloc();
+    }
     data_ = first_ + length_ - page_ - used;
   }
   Guarded(const Guarded&) = delete;

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "state.h"
@@ -20,6 +21,7 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 // Two mappings each, of the 65,530 that Linux allows; ThreadSanitizer has several more and 1 MB for each.
 constexpr size_t kResidentThreads = kSanitized ? 1024 : 8192;
+constexpr size_t kKeptStacks = 1024;  // between runs: many modules may be loaded
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kIdlePolls = 200000;  // polls in a row, with nothing else done, that count as a deadlock
 
@@ -68,13 +70,16 @@ class Machine {
   }
 
   void synchronize() {
+    struct AtEnd {
+      Machine* machine;
+      ~AtEnd() { machine->clear(); }
+    } at_end{this};
     Signals signals;
     if (sigsetjmp(escape_, 1) == 0) run();
     if (fault_.empty())
       for (Grid& grid : grids_) acquire(&grid.done);
     std::string fault;
     std::swap(fault, fault_);
-    clear();
     if (!fault.empty()) throw std::runtime_error(fault);
   }
 
@@ -445,6 +450,7 @@ class Machine {
     ended_.clear();
     blocks_.clear();
     grids_.clear();
+    stacks_.resize(std::min(stacks_.size(), kKeptStacks));
     resident_ = 0;
     polls_ = 0;
     current_ = nullptr;
@@ -505,7 +511,9 @@ void synchronize() {
   Unwatched unwatched;
   machine.synchronize();
 }
-size_t discard() { return machine.discard(); }
+size_t discard() {
+  return machine.discard();
+}
 void barrier(Scope scope, const char* word, int line) {
   Unwatched unwatched;
   machine.barrier(scope, word, line);
