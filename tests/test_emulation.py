@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import pytest
-
 from emulation import build
 from emulation.build import Array, from_bits, to_bits
 

@@ -17,6 +17,7 @@ inline void bind_emulation(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("configure", &configure, py::arg("seed"), py::arg("overlap") = true);
   m.def("synchronize", &synchronize);
+  m.def("discard", &discard);
   // `size` bytes that end at a page nobody may touch, filled with 0xff: NaN in every floating type.
   py::class_<Guarded>(m, "Guarded", py::buffer_protocol(), py::module_local())
       .def(py::init([](size_t size, size_t alignment) {

@@ -46,7 +46,7 @@ def load(name: str, sources: tuple[str, ...], replace: tuple[str, str] | None = 
     Args:
         name: of the module; several builds of one name may be loaded side by side.
         sources: paths from the root of the project, `.cu` and binding `.cpp`.
-        replace: (path, text) that stands in for one source, for planted faults.
+        replace: (path, text) that stands in for one source, or one header of csrc/include, for planted faults.
     """
     return load_path(build(name, sources, replace=replace))
 
@@ -62,15 +62,20 @@ def load_path(path: Path) -> ModuleType:
 
 def build(name: str, sources: tuple[str, ...], sanitize: bool = False, replace: tuple[str, str] | None = None) -> Path:
     """The path of the module; arguments as for `load`, and `sanitize` for ThreadSanitizer."""
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DINHERIT_KERNELS_EMULATED", f"-DEMULATION_MODULE={name}"]
     flags += [f"-I{ROOT / 'csrc/include'}", f"-I{HERE}"]
     own = [HERE / "scheduler.cpp", HERE / "collectives.cpp"]
     texts = {file: file.read_text() for file in [*own, *(ROOT / source for source in sources)]}
-    if replace:
+    if replace and ROOT / replace[0] in texts:
         texts[ROOT / replace[0]] = replace[1]
-    objects = {file: _object(file, text, [*flags, *_flags_of(file, own, sanitize)]) for file, text in texts.items()}
+    elif replace:
+        header = FOLDER / f"instead-{_digest(replace)}" / Path(replace[0]).relative_to("csrc/include")
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(replace[1])
+        flags.insert(0, f"-I{FOLDER / f'instead-{_digest(replace)}'}")
+    objects = {file: _object(file, text, [*_flags_of(file, own, sanitize), *flags]) for file, text in texts.items()}
     _run_all([command for target, command in objects.values() if not target.exists()])
     target = FOLDER / f"{name}-{_digest(sorted(str(target) for target, _ in objects.values()))}.so"
     if not target.exists():
@@ -101,7 +106,7 @@ def _flags_of(file: Path, own: list[Path], sanitize: bool) -> list[str]:
     if file in own:  # never instrumented, and no loop turned into a memcpy that the sanitizer would see
         return ["-O1", "-fno-tree-loop-distribute-patterns"] + (["-DINHERIT_KERNELS_TSAN"] if sanitize else [])
     if file.suffix == ".cu":
-        return ["-x", "c++"] + (["-fsanitize=thread"] if sanitize else [])
+        return ["-O1", "-x", "c++"] + (["-fsanitize=thread"] if sanitize else [])
     import pybind11
 
     return ["-O0", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
@@ -124,7 +129,7 @@ def run_sanitized(module: Path, code: str) -> subprocess.CompletedProcess[str]:
     library = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "LD_PRELOAD": os.path.realpath(library.stdout.strip()),
-        "TSAN_OPTIONS": f"exitcode={RACE_EXIT} report_signal_unsafe=0 halt_on_error=0 history_size=4",
+        "TSAN_OPTIONS": f"exitcode={RACE_EXIT} report_signal_unsafe=0 history_size=0",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
     }

@@ -32,6 +32,8 @@ void configure(uint64_t seed, bool overlap);
 void enqueue(const GridShape& shape, std::function<void()> kernel);
 // Runs what was enqueued. Throws std::runtime_error with block and thread for every fault, and forgets the rest.
 void synchronize();
+// Forgets what was enqueued; the largest shared memory that a block of it would have had.
+size_t discard();
 
 // Called from kernels. `line` is where the word stands: lanes that meet at different lines diverged.
 enum class Scope { kWarp, kBlock, kCluster };

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace inherit_kernels {
 namespace cuda {
@@ -280,6 +281,25 @@ __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, shuffle_xor(v, mask));
   return v;
+}
+
+// 16 bytes as the elements they hold, and back; registers on the device.
+template <class T>
+struct Pack {
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
+  T v[kCount];
+};
+template <class T>
+__device__ __forceinline__ Pack<T> unpack(uint4 bits) {
+  Pack<T> pack;
+  memcpy(&pack, &bits, 16);
+  return pack;
+}
+template <class T>
+__device__ __forceinline__ uint4 bits_of_pack(const Pack<T>& pack) {
+  uint4 bits;
+  memcpy(&bits, &pack, 16);
+  return bits;
 }
 
 }  // namespace cuda
