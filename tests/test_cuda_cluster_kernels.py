@@ -2,10 +2,14 @@
 
 Everything against float64 under the project's rule of accuracy, outputs and shared memory NaN before, arrays ending at
 guard pages, under several schedules and ThreadSanitizer; nvcc's resource report where there is an nvcc.
+
+Seen failing: each statement of synchronisation removed (the slow test below does it again, one by one), a twin that
+rounded zero to 0.25 in float16, a choice of cluster that did not show in the bits.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -381,7 +385,10 @@ def without(header, number):
     include = f'#include "{header.removeprefix("csrc/include/")}"'
     text = (ROOT / source).read_text()
     assert include in text
-    return word, (source, text.replace(include, "\n".join(lines)))
+    # Under names of its own, or the linker takes the right form of a function from another source.
+    names = re.findall(r"^(?:struct|__device__ __forceinline__ \w+) (\w+)", "\n".join(lines), re.MULTILINE)
+    renamed = "".join(f"#define {name} {name}_changed\n" for name in names)
+    return word, (source, renamed + text.replace(include, "\n".join(lines)))
 
 
 MUTATED = """
@@ -420,29 +427,44 @@ def test_a_missing_synchronisation_is_caught(expected, header, number):
     assert (done.returncode == build.RACE_EXIT) != (word in UNSEEN), done.stderr[-2000:]
 
 
-# Source, architecture, shared memory of a CTA
+def machine_code(cubin):
+    """kernel -> its instructions, with the tool inside the triton package; None without it."""
+    found = importlib.util.find_spec("triton")
+    tool = found and Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool or not tool.exists():
+        return None
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
+
+
 COMPILED = [("gated_lowrank_conv2d", "80")] + [
     pytest.param(name, "90a", marks=pytest.mark.slow)
     for name in ("lowrank_linear_sm90", "gated_lowrank_linear_sm90", "gated_lowrank_conv2d_sm90")
 ]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: registers and spills were not looked at")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="no nvcc: registers, spills and instructions were not looked at"
+)
 @pytest.mark.parametrize("name, architecture", COMPILED)
 def test_resources(tmp_path, name, architecture):
-    """No spill, no stack, two mma per ldmatrix or more, 16-byte copies; prints what each kernel takes."""
+    """No spill, no stack, copies of 16 bytes, 1.5 mma per ldmatrix or more; prints what each kernel takes."""
     cubin = tmp_path / "kernels.cubin"
     flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
     flags += ["-Werror", "all-warnings", "-I", str(ROOT / "csrc/include"), "-o", str(cubin)]
     command = ["nvcc", *flags, str(ROOT / f"csrc/cuda/{name}.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = re.findall(
-        r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*?Used (\d+) registers",
-        done.stderr,
+    pattern = (
+        r"Function properties for (\S+)\n\s+(\d+) bytes stack.*?(\d+) bytes spill stores, (\d+) .*?Used (\d+) registers"
     )
+    found = re.findall(pattern, done.stderr, re.DOTALL)
     assert len(found) == (4 if architecture == "80" else 6)
+    code = machine_code(cubin)
     for kernel, *counts, registers in found:
-        print(f"{name}: {registers} registers, {kernel}")
         assert counts == ["0", "0", "0"], kernel
+        print(f"{name}: {registers} registers, {kernel}")
+        if code:
+            copies = re.findall(r"LDGSTS\.\S+", code[kernel])
+            assert copies and all(copy.endswith(".128") for copy in copies), kernel
+            assert code[kernel].count("HMMA.16816") >= 1.5 * code[kernel].count("LDSM.16.M") > 0, kernel

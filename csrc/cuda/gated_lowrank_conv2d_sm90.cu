@@ -14,7 +14,8 @@ bool fits(const GatedLowrankConv2dCall& call, int cluster) {
 int cluster_of(const GatedLowrankConv2dCall& call) {
   if (call.cluster != 0) return call.cluster;
   int cluster = 8;
-  while (cluster > 1 && call.batch * cluster > call.multiprocessors && fits(call, cluster / 2)) cluster /= 2;
+  while (cluster > 1 && !run_at_once(call.batch, cluster, call.multiprocessors) && fits(call, cluster / 2))
+    cluster /= 2;
   return cluster;
 }
 

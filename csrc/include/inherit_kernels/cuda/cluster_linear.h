@@ -302,9 +302,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) cluster_linear_kernel(const G
 }
 
 // The largest cluster with which all CTAs still run at once.
-inline int choose_cluster(int64_t groups, int multiprocessors, int smallest) {
+inline int choose_cluster(int64_t tiles, int multiprocessors) {
   int cluster = 8;
-  while (cluster > smallest && groups * cluster > multiprocessors) cluster /= 2;
+  while (cluster > 2 && !run_at_once(tiles, cluster, multiprocessors)) cluster /= 2;
   return cluster;
 }
 
@@ -329,7 +329,7 @@ template <class T, int kRank, bool kGated>
 int launch_cluster_linear(const GatedLowrankLinearSm90Call& call) {
   const int64_t tiles = ceil_divide<int64_t>(call.rows, kStageRows);
   Shape shape;
-  shape.cluster = call.cluster != 0 ? call.cluster : choose_cluster(tiles, call.multiprocessors, 2);
+  shape.cluster = call.cluster != 0 ? call.cluster : choose_cluster(tiles, call.multiprocessors);
   if (tiles * shape.cluster > INT32_MAX) return static_cast<int>(cudaErrorNotSupported);
   shape.grid = dim3(static_cast<unsigned>(tiles * shape.cluster));
   shape.block = dim3(kTileThreads);

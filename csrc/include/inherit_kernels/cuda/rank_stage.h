@@ -11,6 +11,11 @@ constexpr int kStageRows = 64;
 constexpr int kMaxHeads = 8;
 constexpr int64_t kMaxSize = 1 << 30;  // sizes are counted in 32 bit, offsets between rows in 64
 
+// A cluster lies within a group of 16 or 18 multiprocessors, so of 132 clusters of four or eight reach only 128.
+inline bool run_at_once(int64_t clusters, int size, int multiprocessors) {
+  return clusters * size <= multiprocessors / 8 * 8;
+}
+
 // How 256 threads divide the sums [64, kRank]. At rank 64 two groups of four warps take every other 16 columns of the
 // depth, so that each warp keeps 32 x 32 sums and feeds eight mma from four ldmatrix.
 template <int kRank>
