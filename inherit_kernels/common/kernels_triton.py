@@ -186,9 +186,9 @@ def weight_gradient_kernel(
         p_tile = p_out + split * stride_split + head * stride_oh + o_p[:, None] * stride_op + o_q[None, :] * stride_oq
         tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_q[None, :])
     if STORE_SUMS:
-        p_column = p_sums + split * stride_split + head * P + o_p[:, None] + tl.zeros([1, 16], tl.int64)
-        m_column = m_p[:, None] & m_first & (tile_q == 0)
-        tl.store(p_column, b_sums.to(p_sums.dtype.element_ty), mask=m_column)
+        if tile_q == 0:
+            p_column = p_sums + split * stride_split + head * P + o_p[:, None] + tl.zeros([1, 16], tl.int64)
+            tl.store(p_column, b_sums.to(p_sums.dtype.element_ty), mask=m_p[:, None] & m_first)
 
 
 @triton.jit

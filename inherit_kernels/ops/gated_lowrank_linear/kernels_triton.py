@@ -109,7 +109,8 @@ def gated_lowrank_linear_fwd_kernel(
         )
     b_t = tl.where(m_r[None, :], b_t, 0.0).to(dtype)  # an infinity in x times the padding is NaN
     if STORE_T:
-        tl.store(p_t + o_m[:, None] * R + o_r[None, :], b_t, mask=m_m & m_r[None, :] & (pid_n == 0))
+        if pid_n == 0:
+            tl.store(p_t + o_m[:, None] * R + o_r[None, :], b_t, mask=m_m & m_r[None, :])
     b_g = gate_of(
         b_t, p_gate_weight, p_gate_bias, H, R, stride_gh, stride_gr, stride_gb, HAS_GATE_BIAS, PRECISION, BH, BR
     )
@@ -338,8 +339,8 @@ def gated_lowrank_linear_bwd_dx_kernel(
         b_t, p_gate_weight, p_gate_bias, H, R, stride_gh, stride_gr, stride_gb, HAS_GATE_BIAS, PRECISION, BH, BR
     )
     o_gates = o_m[:, None] * H + o_h[None, :]
-    m_gates = m_m & m_h & (pid_n == 0)
-    tl.store(p_g + o_gates, b_g, mask=m_gates)
+    if pid_n == 0:
+        tl.store(p_g + o_gates, b_g, mask=m_m & m_h)
 
     if not GATE_ONLY:
         if SPLIT_K > 0:
@@ -375,12 +376,13 @@ def gated_lowrank_linear_bwd_dx_kernel(
             )
         b_dg = tl.where(m_h, b_dg, 0.0)
         b_d_logits = b_g * (b_dg - tl.sum(b_g * b_dg, 1)[:, None])
-        tl.store(p_d_logits + o_gates, b_d_logits, mask=m_gates)
         p_weight = p_gate_weight + o_h[:, None] * stride_gh + o_r[None, :] * stride_gr  # [BH, BR]
         b_weight = tl.load(p_weight, mask=(o_h < H)[:, None] & m_r, other=0.0)
         b_dt = tl.dot(b_d_logits.to(dtype), b_weight, b_dt, input_precision=PRECISION)
         b_dt = tl.where(m_r, b_dt, 0.0).to(dtype)
-        tl.store(p_dt + o_m[:, None] * R + o_r[None, :], b_dt, mask=m_m & m_r & (pid_n == 0))
+        if pid_n == 0:
+            tl.store(p_d_logits + o_gates, b_d_logits, mask=m_m & m_h)
+            tl.store(p_dt + o_m[:, None] * R + o_r[None, :], b_dt, mask=m_m & m_r)
 
         if STORE_DX:
             share = tl.cdiv(tl.cdiv(K, BN), programs_n) * BN

@@ -73,7 +73,8 @@ def lowrank_linear_fwd_kernel(
         )
     b_t = tl.where(m_r[None, :], b_t, 0.0).to(dtype)  # an infinity in x times the padding is NaN
     if STORE_T:
-        tl.store(p_t + o_m[:, None] * R + o_r[None, :], b_t, mask=m_m & m_r[None, :] & (pid_n == 0))
+        if pid_n == 0:
+            tl.store(p_t + o_m[:, None] * R + o_r[None, :], b_t, mask=m_m & m_r[None, :])
 
     if STORE_Y:
         share = tl.cdiv(tl.cdiv(N, BN), programs_n) * BN
