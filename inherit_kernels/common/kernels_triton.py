@@ -1,18 +1,13 @@
 """Triton kernels and tile products that several ops share; `common/triton_products.py` launches them.
 
-Offsets that strides multiply are 64 bit throughout: o_* are `tl.int64`, masks m_* come from them.
+Pointers p_* are scalars that move in 64 bits, to the tile and along loops; offsets inside a tile are 32 bit, which halves
+the registers that addresses take and asks that no tile spans 2³¹ elements.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def block(start, SIZE: tl.constexpr):
-    """start … start + SIZE - 1 in 64 bits."""
-    return start + tl.arange(0, SIZE).to(tl.int64)
 
 
 @triton.jit
@@ -24,8 +19,10 @@ def widen(value):
 @triton.jit
 def add_product(
     b_sum,  # [BM, BN] float32
-    p_a,  # [BM, 1]: the rows of a
-    p_b,  # [1, BN]: the columns of b
+    p_a,
+    p_b,
+    o_a,  # [BM, 1]: the offsets of the rows of a
+    o_b,  # [1, BN]: the offsets of the columns of b
     m_a,  # [BM, 1]
     m_b,  # [1, BN]
     depth,
@@ -35,15 +32,15 @@ def add_product(
     PRECISION: tl.constexpr,
 ):
     """b_sum + a·b over `depth`, the operands read in steps of BK."""
-    o_k = block(0, BK)
+    o_k = tl.arange(0, BK)
+    o_a = o_a + o_k[None, :] * stride_a  # [BM, BK]
+    o_b = o_b + o_k[:, None] * stride_b  # [BK, BN]
     step_a = BK * widen(stride_a)
     step_b = BK * widen(stride_b)
-    p_a += o_k[None, :] * stride_a  # [BM, BK]
-    p_b += o_k[:, None] * stride_b  # [BK, BN]
     for k in range(0, depth, BK):
-        m_k = tl.arange(0, BK) < depth - k
-        b_a = tl.load(p_a, mask=m_a & m_k[None, :], other=0.0)
-        b_b = tl.load(p_b, mask=m_k[:, None] & m_b, other=0.0)
+        m_k = o_k < depth - k
+        b_a = tl.load(p_a + o_a, mask=m_a & m_k[None, :], other=0.0)
+        b_b = tl.load(p_b + o_b, mask=m_k[:, None] & m_b, other=0.0)
         b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
         p_a += step_a
         p_b += step_b
@@ -83,27 +80,28 @@ def partial_product_kernel(
     tiles_r = tl.cdiv(R, BR_TILE)
     split = pid % SPLIT_K
     tile = pid // SPLIT_K
-    o_m = block(tile // tiles_r * BM, BM)
-    o_r = block(tile % tiles_r * BR_TILE, BR_TILE)
-    m_m, m_r = (o_m < M)[:, None], (o_r < R)[None, :]
+    row, rank = tile // tiles_r * BM, tile % tiles_r * BR_TILE
+    o_m, o_r = tl.arange(0, BM), tl.arange(0, BR_TILE)
+    m_m, m_r = (o_m < M - row)[:, None], (o_r < R - rank)[None, :]
 
     share = tl.cdiv(tl.cdiv(K, BK), SPLIT_K) * BK  # of the depth
     first = split * share
-    depth = tl.minimum(K - first, share).to(tl.int32)
     b_sum = add_product(
         tl.zeros([BM, BR_TILE], tl.float32),
-        p_a + o_m[:, None] * stride_am + first * stride_ak,
-        p_b + o_r[None, :] * stride_br + first * stride_bk,
+        p_a + row * stride_am + first * stride_ak,
+        p_b + rank * stride_br + first * stride_bk,
+        o_m[:, None] * stride_am,
+        o_r[None, :] * stride_br,
         m_m,
         m_r,
-        depth,
+        tl.minimum(K - first, share).to(tl.int32),
         stride_ak,
         stride_bk,
         BK,
         PRECISION,
     )
-    p_out = p_partials + split * M * R + o_m[:, None] * R + o_r[None, :]
-    tl.store(p_out, b_sum, mask=m_m & m_r)
+    p_partials += (split * M + row) * R + rank
+    tl.store(p_partials + o_m[:, None] * R + o_r[None, :], b_sum, mask=m_m & m_r)
 
 
 @triton.jit
@@ -151,44 +149,45 @@ def weight_gradient_kernel(
     share = tl.cdiv(tl.cdiv(M, BM), SPLIT_M).to(tl.int64) * BM  # of the rows
     first = split * share
     depth = tl.minimum(M - first, share).to(tl.int32)
-    o_p, o_q, o_m = block(tile_p * BP, BP), block(tile_q * BQ, BQ), block(0, BM)
-    m_p, m_q = o_p < P, o_q < Q
-    p_a += first * stride_am + o_p[:, None] * stride_ap + o_m[None, :] * stride_am  # [BP, BM]
-    p_b += first * stride_bm + o_m[:, None] * stride_bm + o_q[None, :] * stride_bq  # [BM, BQ]
-    p_scale += (first + o_m) * H + head  # [BM]
-    step_a = BM * widen(stride_am)
-    step_b = BM * widen(stride_bm)
-    step_scale = BM * widen(H)
+    o_p, o_q, o_m = tl.arange(0, BP), tl.arange(0, BQ), tl.arange(0, BM)
+    m_p, m_q = o_p < P - tile_p * BP, o_q < Q - tile_q * BQ
+    p_a += first * stride_am + tile_p * BP * stride_ap
+    p_b += first * stride_bm + tile_q * BQ * stride_bq
+    p_scale += first * H + head
+    o_a = o_p[:, None] * stride_ap + o_m[None, :] * stride_am  # [BP, BM]
+    o_b = o_m[:, None] * stride_bm + o_q[None, :] * stride_bq  # [BM, BQ]
+    step_a, step_b, step_scale = BM * widen(stride_am), BM * widen(stride_bm), BM * widen(H)
     dtype: tl.constexpr = p_b.dtype.element_ty
-    m_first = (tl.arange(0, 16) == 0)[None, :]
+    o_s = tl.arange(0, 16)[None, :]
 
     b_out = tl.zeros([BP, BQ], tl.float32)
     b_sums = tl.zeros([BP, 16], tl.float32)
     for m in range(0, depth, BM):
-        m_m = tl.arange(0, BM) < depth - m
-        b_a = tl.load(p_a, mask=m_p[:, None] & m_m[None, :], other=0.0).to(dtype)
+        m_m = o_m < depth - m
+        b_a = tl.load(p_a + o_a, mask=m_p[:, None] & m_m[None, :], other=0.0).to(dtype)
         b_scale = tl.full([BM], 1.0, tl.float32)
         if HAS_SCALE:
-            b_scale = tl.load(p_scale, mask=m_m, other=0.0)
+            b_scale = tl.load(p_scale + o_m * H, mask=m_m, other=0.0)
         if STORE_OUT:
-            b_b = tl.load(p_b, mask=m_m[:, None] & m_q[None, :], other=0.0)
+            b_b = tl.load(p_b + o_b, mask=m_m[:, None] & m_q[None, :], other=0.0)
             if HAS_SCALE:
                 b_b = (b_b.to(tl.float32) * b_scale[:, None]).to(dtype)
             b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
         if STORE_SUMS:
-            b_column = tl.where(m_first, b_scale[:, None], 0.0).to(dtype)  # [BM, 16]
+            b_column = tl.where(o_s == 0, b_scale[:, None], 0.0).to(dtype)  # [BM, 16]
             b_sums = tl.dot(b_a, b_column, b_sums, input_precision=PRECISION)
         p_a += step_a
         p_b += step_b
         p_scale += step_scale
 
     if STORE_OUT:
-        p_tile = p_out + split * stride_split + head * stride_oh + o_p[:, None] * stride_op + o_q[None, :] * stride_oq
-        tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_q[None, :])
+        p_out += split * stride_split + head * stride_oh + tile_p * BP * stride_op + tile_q * BQ * stride_oq
+        o_out = o_p[:, None] * stride_op + o_q[None, :] * stride_oq
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_q[None, :])
     if STORE_SUMS:
         if tile_q == 0:
-            p_column = p_sums + split * stride_split + head * P + o_p[:, None] + tl.zeros([1, 16], tl.int64)
-            tl.store(p_column, b_sums.to(p_sums.dtype.element_ty), mask=m_p[:, None] & m_first)
+            p_sums += split * stride_split + head * P + tile_p * BP
+            tl.store(p_sums + o_p[:, None] + o_s, b_sums.to(p_sums.dtype.element_ty), mask=m_p[:, None] & (o_s == 0))
 
 
 @triton.jit
@@ -202,7 +201,7 @@ def sum_partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """The second pass of `weight_gradient_kernel`: sums the partials in order and rounds once."""
-    o = block(tl.program_id(0).to(tl.int64) * BLOCK, BLOCK)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     width = widen(SIZE) + SUMS
     b_sum = sum_of_partials(p_partials + o, o < width, width, SPLITS)
     tl.store(p_out + o, b_sum.to(p_out.dtype.element_ty), mask=o < SIZE)
