@@ -165,3 +165,53 @@ def _sum_partials(partials: Tensor, out: Tensor | None, sums: Tensor | None, siz
         num_warps=4,
         num_stages=1,
     )
+
+
+# --- candidates for tuning ---------------------------------------------------------------------------------------------
+
+
+def two_stage_space(bits: int, rank: int) -> list[Config]:
+    """Candidates for kernels that form t (or dt) and multiply it on: fused ones for many rows, split ones for few.
+
+    Args:
+        bits: 16 or 32, of the dtype.
+        rank: padded to a power of two.
+    """
+    warps = 8 if rank >= 128 else 4
+    if bits == 16:
+        rows = (64, 128) if rank <= 128 else (32, 64) if rank == 256 else (16, 32)
+        columns, depth = ((64, 128), 64) if rank <= 128 else ((32, 64), 32)
+    else:
+        rows, columns, depth = ((32, 64), (32, 64), 32) if rank <= 128 else ((16, 32), (32,), 16)
+    fused = [
+        {"BM": m, "BN": n, "BK": depth, "SPLIT_N": split, "num_warps": 8, "num_stages": stages}
+        for m in rows
+        for n in columns
+        for split, stages in ((1, 2), (1, 3), (2, 3))
+    ]
+    split = [
+        {
+            "BM": m,
+            "BN": columns[0],
+            "BK": depth,
+            "BR_TILE": min(rank, tile),
+            "SPLIT_K": split_k,
+            "SPLIT_N": split_n,
+            "num_warps": warps if m == 16 else 8,
+            "num_stages": 2,
+        }
+        for m, tile, split_n, splits in ((16, 16, 0, (4, 8, 16, 32)), (16, 32, 0, (8,)), (rows[0], 64, 8, (2, 4, 8)))
+        for split_k in splits
+    ]
+    return fused + split
+
+
+def gradient_space(bits: int, rank: int) -> list[Config]:
+    """Candidates for `weight_gradient`, likewise."""
+    wide, depths = ((64, 128), (32, 64, 128)) if bits == 16 else ((32, 64), (16, 32))
+    return [
+        {"BP": p, "BQ": min(rank, 2 * p), "BM": m, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+        for p in wide
+        for m in depths
+        for programs in (132, 264, 528)
+    ]

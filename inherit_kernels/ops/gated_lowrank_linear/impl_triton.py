@@ -14,7 +14,15 @@ from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
-from inherit_kernels.common.triton_products import options_of, partial_product, rows_of, tiles, weight_gradient
+from inherit_kernels.common.triton_products import (
+    gradient_space,
+    options_of,
+    partial_product,
+    rows_of,
+    tiles,
+    two_stage_space,
+    weight_gradient,
+)
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
@@ -25,6 +33,18 @@ KERNELS = ("forward", "backward_dx", "weight_gradient", "gate_gradient")
 
 def supports(problem: Problem) -> str | None:
     return declines(problem)
+
+
+def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
+    """Candidate configurations of a kernel of the tables, for a dtype of so many bits and a padded rank."""
+    if kernel == "weight_gradient":
+        return gradient_space(bits, BR)
+    if kernel == "gate_gradient":
+        return [{**config, "BP": 16, "BQ": min(BR, 128), "num_warps": 4} for config in gradient_space(bits, BR)[:9]]
+    space = two_stage_space(bits, BR)
+    if kernel == "forward":
+        return space
+    return [{**config, "CHUNK": chunk} for config in space[::2] for chunk in (512, 2048)]
 
 
 def forward(*args: Any) -> Tensor:

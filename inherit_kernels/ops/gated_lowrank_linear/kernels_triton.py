@@ -127,7 +127,7 @@ def gated_lowrank_linear_fwd_kernel(
     o_up = o_r[:, None] * stride_ur + o_n[None, :] * stride_un  # [BR, BN]
     columns = tl.minimum(N - first, share).to(tl.int32)
     b_z = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, tl.cdiv(columns, BN) * H):
+    for step in range(tl.cdiv(columns, BN) * H):
         head, n = widen(step % H), widen(step // H) * BN
         m_n = o_n < columns - n
         b_up = tl.load(p_up + head * stride_uh + n * stride_un + o_up, mask=m_r[:, None] & m_n[None, :], other=0.0)
@@ -194,14 +194,12 @@ def add_heads(
             b_dg = add_product(
                 b_dg, p_rows, p_columns, o_rows, o_columns, m_m, m_h, depth, stride_zn, stride_bn, BK, PRECISION
             )
-        for h in range(0, H):
+        for h in range(H):
             head = widen(h)
             p_head = p_up + first * stride_un + head * stride_uh
             o_head = o_r * stride_ur
             b_u = tl.zeros([BM, BR], tl.float32)
-            b_u = add_product(
-                b_u, p_rows, p_head, o_rows, o_head, m_m, m_r, depth, stride_zn, stride_un, BK, PRECISION
-            )
+            b_u = add_product(b_u, p_rows, p_head, o_rows, o_head, m_m, m_r, depth, stride_zn, stride_un, BK, PRECISION)
             b_dt += column(b_g, head, BH)[:, None] * b_u
             b_t = tl.load(p_t + o_t, mask=m_m & m_r, other=0.0).to(tl.float32)
             b_products = tl.where(m_r, b_u * b_t, 0.0)  # an infinity in dz times the padding is NaN

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
-from inherit_kernels.common.triton_products import options_of, partial_product, rows_of, tiles, weight_gradient
+from inherit_kernels.common.triton_products import (
+    gradient_space,
+    options_of,
+    partial_product,
+    rows_of,
+    tiles,
+    two_stage_space,
+    weight_gradient,
+)
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
@@ -24,6 +32,11 @@ KERNELS = ("forward", "backward_dx", "weight_gradient")
 
 def supports(problem: Problem) -> str | None:
     return declines(problem)
+
+
+def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
+    """Candidate configurations of a kernel of the tables, for a dtype of so many bits and a padded rank."""
+    return gradient_space(bits, BR) if kernel == "weight_gradient" else two_stage_space(bits, BR)
 
 
 def forward(*args: Any) -> Tensor:
@@ -45,7 +58,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], up.shape[0])
     t = x.new_empty(*x.shape[:-1], down.shape[0]) if store_t else y
-    _two_stages("forward", rows_of(x), down, up, bias, residual, ACTIVATION_CODES[activation], y, t if store_t else None)
+    _two_stages(
+        "forward", rows_of(x), down, up, bias, residual, ACTIVATION_CODES[activation], y, t if store_t else None
+    )
     return y, t
 
 
