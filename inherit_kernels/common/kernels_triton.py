@@ -184,7 +184,7 @@ def weight_gradient_kernel(
         p_out += split * stride_split + head * stride_oh + tile_p * BP * stride_op + tile_q * BQ * stride_oq
         o_out = o_p[:, None] * stride_op + o_q[None, :] * stride_oq
         tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_q[None, :])
-    if STORE_SUMS:
+    if STORE_SUMS:  # noqa: SIM102
         if tile_q == 0:
             p_sums += split * stride_split + head * P + tile_p * BP
             tl.store(p_sums + o_p[:, None] + o_s, b_sums.to(p_sums.dtype.element_ty), mask=m_p[:, None] & (o_s == 0))

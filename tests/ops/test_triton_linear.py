@@ -66,11 +66,10 @@ def tiny(form: str, programs: int) -> dict:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("op", BOTH)
 def test_every_loop_several_times(op, form, dtype):
-    programs = {"fused": 1, "recomputed": 60}.get(form, 1000)  # one pass; two; as many partials as blocks of rows
-    ragged = case(op, (37,), 50, 53, 20, residual=True, activation="relu")
+    programs = 1 if form == "fused" else 1000  # one pass, or as many partials as blocks of rows
+    ragged = case(op, (20,), 33, 35, 17, 2, residual=True, activation="relu")
     with forced_configs(tiny(form, programs)), poisoned_memory():
-        check_accuracy(op, ragged, "triton", dtype)
-        check_accuracy(op, case(op, (33,), 65, 63, 33, bias=False), "triton", dtype, layout="strided")
+        check_accuracy(op, ragged, "triton", dtype, layout="strided" if form == "split" else "contiguous")
 
 
 @interpreted
@@ -165,9 +164,9 @@ def test_padding_multiplies_no_infinity(value):
 @pytest.mark.parametrize("op", BOTH)
 def test_a_gradient_asked_for_alone_is_the_same(op, programs):
     module, dtype = MODULES[op], torch.bfloat16
-    *tensors, _ = make_inputs(op, case(op, (70,), 24, 40, 20), dtype).values()
+    *tensors, _ = make_inputs(op, case(op, (40,), 18, 20, 17, 2), dtype).values()
     t = module.forward_saving(*tensors, None, None)[1]
-    dz = torch.randn(70, 40).to(dtype)
+    dz = torch.randn(40, 20).to(dtype)
     with forced_configs(tiny("split", programs)):
         everything = module.backward(dz, t, *tensors, None, [True] * len(tensors))
         for index, expected in enumerate(everything):

@@ -111,7 +111,7 @@ def gated_lowrank_linear_fwd_kernel(
             PRECISION,
         )
     b_t = tl.where(m_r[None, :], b_t, 0.0).to(dtype)  # an infinity in x times the padding is NaN
-    if STORE_T:
+    if STORE_T:  # noqa: SIM102
         if pid_n == 0:
             tl.store(p_t + row * R + o_t, b_t, mask=m_m & m_r[None, :])
     b_g = gate_of(
