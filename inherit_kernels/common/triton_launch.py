@@ -24,6 +24,8 @@ from inherit_kernels.registry import Problem
 
 MAX_RANK = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SERVES = {"cuda": DTYPES}
+PROVEN = {"cuda": "interpreted on CPU; compiled for sm_80 and sm_90"}
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = "triton"  # configs/<op>/triton.json: checked against the limits of sm_80 and sm_90, measured on none
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common import triton_launch
 from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
@@ -26,6 +27,7 @@ from inherit_kernels.common.triton_products import (
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
+SERVES, PROVEN = triton_launch.SERVES, triton_launch.PROVEN
 OP = "gated_lowrank_linear"
 #: The kernels of the configuration tables.
 KERNELS = ("forward", "backward_dx", "weight_gradient", "gate_gradient")
@@ -147,7 +149,7 @@ def backward(
     if need_down or need_up or need_bias:
         config = config_for(OP, "weight_gradient", x.dtype, x.device, sizes)
         if need_down:
-            d_down = weight_gradient(config, rows, dt, transposed=True)[0][0]
+            d_down = weight_gradient(config, rows, dt, transposed=True)[0].select(0, 0)
         d_up, d_bias = weight_gradient(config, dz, t, g, need_out=need_up, need_sums=need_bias)
     if need_gate_weight or need_gate_bias:
         config = config_for(OP, "gate_gradient", x.dtype, x.device, sizes)
@@ -158,8 +160,8 @@ def backward(
         dx,
         d_down,
         d_up,
-        d_gate_weight[0] if need_gate_weight else None,
-        d_gate_bias[0] if need_gate_bias else None,
+        d_gate_weight.select(0, 0) if need_gate_weight else None,
+        d_gate_bias.select(0, 0) if need_gate_bias else None,
         d_bias,
     )
 

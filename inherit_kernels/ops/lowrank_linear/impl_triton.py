@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common import triton_launch
 from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
@@ -25,6 +26,7 @@ from inherit_kernels.common.triton_products import (
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
+SERVES, PROVEN = triton_launch.SERVES, triton_launch.PROVEN
 OP = "lowrank_linear"
 #: The kernels of the configuration tables.
 KERNELS = ("forward", "backward_dx", "weight_gradient")
@@ -84,9 +86,9 @@ def backward(
     if need_down or need_up or need_bias:
         config = config_for(OP, "weight_gradient", x.dtype, x.device, _sizes(rows, down, up))
         if need_down:
-            d_down = weight_gradient(config, rows, dt, transposed=True)[0][0]
+            d_down = weight_gradient(config, rows, dt, transposed=True)[0].select(0, 0)
         d_up, d_bias = weight_gradient(config, dz, t, need_out=need_up, need_sums=need_bias)
-    return dx, d_down, d_up[0] if need_up else None, d_bias[0] if need_bias else None
+    return dx, d_down, d_up.select(0, 0) if need_up else None, d_bias.select(0, 0) if need_bias else None
 
 
 def _sizes(x: Tensor, down: Tensor, up: Tensor) -> dict[str, Any]:
