@@ -131,7 +131,7 @@ def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, s
     forced = _forced.get()
     if forced is not None and kernel in forced:
         return forced[kernel]
-    hints = tuple((letter, _hint(size)) for letter, size in sizes.items())
+    hints = tuple((letter, hint(size)) for letter, size in sizes.items())
     return _config(op, kernel, 32 if dtype == torch.float32 else 16, _slug(device), hints)
 
 
@@ -146,7 +146,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """A size as a number: a symbolic one by its hint."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
