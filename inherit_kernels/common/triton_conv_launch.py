@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,34 @@ def tap_matrix(down: Tensor) -> Tensor:
 def positions(image: Tensor) -> Tensor:
     """`[B, N, Ho·Wo]` from `[B, N, Ho, Wo]`: a view of any tensor whose rows follow one another evenly, else a copy."""
     return image.flatten(2)
+
+
+def candidates(names: Sequence[str], choices: Iterable[Sequence[int]], fixed: Config) -> list[Config]:
+    """Configurations for a tuner: one for each choice of the named values with 4 and 8 warps and 2 and 3 stages."""
+    return [
+        dict(zip(names, choice, strict=True)) | fixed | {"num_warps": warps, "num_stages": stages}
+        for choice in choices
+        for warps, stages in ((4, 3), (4, 2), (8, 3), (8, 2))
+    ]
+
+
+def backward_tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
+    """Sensible configurations of a backward kernel, to be measured; some may not fit every device."""
+    rank = min(BR, 256 if bits == 16 else 64)
+    half = min(BR, 128 if bits == 16 else 32)
+    deep = 64 if bits == 16 else 32
+    if kernel == "backward_dt":
+        blocks = ((64, deep, rank), (128, deep, half), (64, 32, half), (32, deep, rank))
+        return candidates(("BM", "BN", "BR"), blocks, {})
+    if kernel == "backward_dx":
+        depth = min(BR, deep)
+        blocks = ((64, 64, depth), (128, 64, depth), (128, 128, min(depth, 32)), (64, 128, depth), (64, 32, depth))
+        return candidates(("BM", "BC", "BK"), blocks, {})
+    if kernel in ("backward_down", "backward_up"):
+        columns = "BC" if kernel == "backward_down" else "BN"
+        blocks = ((deep, 64, half, 264), (deep, 64, half, 528), (deep, 128, half, 264), (32, 64, half, 528))
+        return candidates(("BM", columns, "BR", "PROGRAMS"), blocks, {})
+    raise ValueError(f"kernel: expected one of the backward's, got {kernel!r}")
 
 
 class Geometry:

@@ -15,8 +15,10 @@ from inherit_kernels.common.triton_conv_launch import (
     Geometry,
     backward_down,
     backward_dt,
+    backward_tuning_space,
     backward_up,
     backward_x,
+    candidates,
     ceil_div,
     declines,
     empty_image,
@@ -24,7 +26,7 @@ from inherit_kernels.common.triton_conv_launch import (
     positions,
     tap_matrix,
 )
-from inherit_kernels.common.triton_launch import launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_launch import Config, launch, padded_rank, precision, strides
 from inherit_kernels.registry import Problem
 
 OP = "gated_lowrank_conv2d"
@@ -35,6 +37,20 @@ checks_arguments = False
 
 def supports(problem: Problem) -> str | None:
     return declines(problem)
+
+
+def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
+    """Configurations of a kernel for a tuner to measure; some may not fit every device."""
+    rows = {16: (64, 128), 32: (16, 32)}[bits] if BR <= 128 else {16: (32, 64), 32: (16, 16)}[bits]
+    deep = 64 if bits == 16 and BR < 512 else 32
+    if kernel == "forward_down":
+        choices = [(rows[1], deep, 1), *((rows[0], deep, splits) for splits in (1, 2, 4, 8))]
+        return candidates(("BM", "BK", "SPLIT_K"), choices, {})
+    if kernel == "forward":
+        wide = 64 if bits == 16 and BR < 256 else 32 if BR < 512 else 16
+        choices = [(rows[1], wide, 4), *((rows[0], wide, tiles) for tiles in (1, 2, 4, 8))]
+        return candidates(("BM", "BN", "TILES"), choices, {})
+    return backward_tuning_space(kernel, bits, BR)
 
 
 def forward(*args: Any) -> Tensor:

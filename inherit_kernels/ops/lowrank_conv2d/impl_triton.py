@@ -14,8 +14,10 @@ from inherit_kernels.common.triton_conv_launch import (
     Geometry,
     backward_down,
     backward_dt,
+    backward_tuning_space,
     backward_up,
     backward_x,
+    candidates,
     ceil_div,
     declines,
     empty_image,
@@ -24,7 +26,7 @@ from inherit_kernels.common.triton_conv_launch import (
     sum_partials,
     tap_matrix,
 )
-from inherit_kernels.common.triton_launch import launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_launch import Config, launch, padded_rank, precision, strides
 from inherit_kernels.registry import Problem
 
 OP = "lowrank_conv2d"
@@ -35,6 +37,18 @@ checks_arguments = False
 
 def supports(problem: Problem) -> str | None:
     return declines(problem)
+
+
+def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
+    """Configurations of a kernel for a tuner to measure; some may not fit every device."""
+    if kernel != "forward":
+        return backward_tuning_space(kernel, bits, BR)
+    rows = {16: (64, 128), 32: (16, 32)}[bits] if BR <= 128 else {16: (32, 64), 32: (16, 16)}[bits]
+    deep = 64 if bits == 16 and BR < 512 else 32
+    wide = 64 if bits == 16 and BR < 256 else 32
+    choices = [(rows[1], wide, deep, 1, 1), (rows[0], wide, deep, 1, 1), (rows[0], wide, deep, 2, 1)]
+    choices += [(rows[0], wide, deep, 4, splits) for splits in (2, 4, 8)]
+    return candidates(("BM", "BN", "BK", "SPLIT_N", "SPLIT_K"), choices, {})
 
 
 def forward(*args: Any) -> Tensor:
@@ -120,7 +134,7 @@ def backward(
     if need_up or need_bias:
         products, dz_sums, _ = backward_up(OP, dz, t, x, g, per_sample=False, with_sums=need_bias)
         if need_up:
-            d_up = sum_partials(products, torch.empty_like(up, memory_format=torch.contiguous_format), 1, g.rank, (g.rank, 0, 1))
+            d_up = sum_partials(products, up.new_empty(up.shape), 1, g.rank, (g.rank, 0, 1))
         if need_bias:
-            d_bias = sum_partials(dz_sums, torch.empty_like(bias, memory_format=torch.contiguous_format), 1, up.shape[0], (0, 0, 1))
+            d_bias = sum_partials(dz_sums, up.new_empty(up.shape[:1]), 1, up.shape[0], (0, 0, 1))
     return dx, d_down, d_up, d_bias

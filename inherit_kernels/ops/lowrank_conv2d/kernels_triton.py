@@ -39,7 +39,7 @@ def lowrank_conv2d_fwd_kernel(
     b_t = b_t.to(p_x.dtype.element_ty)
     o_r = tl.arange(0, BR)
     m_r = o_r < R
-    if STORE_T:
+    if STORE_T:  # noqa: SIM102 - decided while compiling, unlike the next
         if split == 0:
             p_ts = p_t + (o_b * s_tb + o_p * s_tp)[:, None] + o_r.to(tl.int64)[None, :] * s_tr
             tl.store(p_ts, b_t, mask=m_row[:, None] & m_r[None, :])
