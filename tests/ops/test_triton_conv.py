@@ -74,15 +74,15 @@ def case_of(
 )
 @pytest.mark.parametrize("dtype, layout", ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")), ids=str)
 def test_every_loop_and_split_several_times(op, splits, dtype, layout):
-    case = case_of(op, (3,), 35, (5, 7), 37, 18, (3, 3), padding=1, residual=True, activation="relu")
+    case = case_of(op, (2,), 18, (3, 5), 19, 17, (2, 2), padding=1, residual=True, activation="relu")
     check(op, case, dtype, layout, **splits)
 
 
 @interpreted
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("rank", (1, 15, 63, 65, 257, 512))
+@pytest.mark.parametrize("rank", (1, 65, 512))
 def test_ranks(op, rank):
-    case = case_of(op, (2,), 5, (3, 4), 17, rank, (2, 2), h=2)
+    case = case_of(op, (2,), 3, (2, 2), 4, rank, (1, 1), h=2)
     check(op, case, torch.float16 if rank % 2 else torch.float32, "channels_last")
 
 
@@ -100,30 +100,28 @@ def test_ranks(op, rank):
 )
 def test_geometries(op, size, kernel, options):
     case = case_of(op, (2,), 3, size, 5, 4, kernel, residual=True, **options)
-    check(op, case, torch.float32, "contiguous", split_k=2)
-    check(op, case, torch.float32, "channels_last")
+    check(op, case, torch.float32, "contiguous" if op == "lowrank_conv2d" else "channels_last", split_k=2)
 
 
 @interpreted
 @pytest.mark.parametrize("heads", (1, 5, 40))
 def test_heads(heads):
-    case = gated_case("heads", (2,), 4, (5, 5), 18, 34, heads, (1, 1), activation="silu")
+    case = gated_case("heads", (2,), 4, (3, 6), 18, 34, heads, (1, 1), activation="silu")
     check("gated_lowrank_conv2d", case, torch.float32, "channels_last", tiles=1)
 
 
 @interpreted
-@pytest.mark.parametrize("op", OPS)
-def test_the_shares_of_a_long_image_add_up(op):
-    """40 tiles of positions: the tiles' sums that the gate reads, and partial gradients, run over several blocks of 32."""
-    case = case_of(op, (1,), 2, (40, 16), 3, 2, (1, 1))
-    check(op, case, torch.float32, "channels_last", programs=40)
+def test_the_shares_of_a_long_image_add_up():
+    """34 tiles of positions: the tiles' sums that the gate reads come in blocks of 32, and partial gradients of 16."""
+    case = gated_case("long", (1,), 2, (34, 16), 3, 2, 2, (1, 1))
+    check("gated_lowrank_conv2d", case, torch.float32, "channels_last", programs=34)
 
 
 @interpreted
 @pytest.mark.parametrize("op", OPS)
 def test_any_strides(op):
     """Every argument and the cotangent as a view with strides of its own, the expanded ones with strides of zero."""
-    case = case_of(op, (2,), 6, (5, 4), 7, 3, (3, 2), padding=1, residual=True)
+    case = case_of(op, (2,), 6, (3, 4), 7, 3, (3, 2), padding=1, residual=True)
     inputs = make_inputs(op, case, torch.float32)
     expected = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     views = {name: _scattered(value).requires_grad_() for name, value in inputs.items()}
