@@ -4,8 +4,9 @@ shipped configurations compile to.
 The first part runs under Triton's interpreter (TRITON_INTERPRET=1, read when triton is imported), the second compiles
 without a GPU and must not.
 
-Seen failing once each:
-SEEN_FAILING
+Seen failing once each: the forward without the check of the right border, dx without that of the last output, a split of
+taps and channels, of d_down and of d_up that runs past its end, dx with the taps of a stride one apart, the gate from the
+first 32 tiles only, a sum of the first 16 partials only, dt without the gate's share.
 """
 
 from __future__ import annotations
@@ -64,16 +65,16 @@ def case_of(
 @interpreted
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "splits",
+    "dtype, layout, splits",
     (
-        {},
-        {"split_n": 2, "split_k": 3, "tiles": 1, "programs": 64},
-        {"split_n": 5, "split_k": 40, "tiles": 9, "programs": 1},  # more shares than there is work
+        (torch.bfloat16, "channels_last", {}),
+        (torch.float32, "contiguous", {"split_n": 2, "split_k": 3, "tiles": 1, "programs": 64}),
+        # more shares than there is work
+        (torch.float16, "channels_last", {"split_n": 5, "split_k": 40, "tiles": 9, "programs": 1}),
     ),
     ids=("unsplit", "split", "overlong"),
 )
-@pytest.mark.parametrize("dtype, layout", ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")), ids=str)
-def test_every_loop_and_split_several_times(op, splits, dtype, layout):
+def test_every_loop_and_split_several_times(op, dtype, layout, splits):
     case = case_of(op, (2,), 18, (3, 5), 19, 17, (2, 2), padding=1, residual=True, activation="relu")
     check(op, case, dtype, layout, **splits)
 
@@ -112,9 +113,9 @@ def test_heads(heads):
 
 @interpreted
 def test_the_shares_of_a_long_image_add_up():
-    """34 tiles of positions: the tiles' sums that the gate reads come in blocks of 32, and partial gradients of 16."""
+    """34 tiles: the sums that the gate reads come in blocks of 32, 24 partial gradients in blocks of 16, a few of no tile."""
     case = gated_case("long", (1,), 2, (34, 16), 3, 2, 2, (1, 1))
-    check("gated_lowrank_conv2d", case, torch.float32, "channels_last", programs=34)
+    check("gated_lowrank_conv2d", case, torch.float32, "channels_last", programs=24)
 
 
 @interpreted
@@ -164,23 +165,25 @@ def shipped() -> list:
     return found
 
 
-def launches_of(op: str, kernel: str, bucket: dict[str, Any]) -> list:
-    """The launches that a kernel's configuration decides, from a forward and a backward on meta tensors."""
+def record(op: str, case: Case, dtype: torch.dtype, configs: dict[str, dict[str, int]]) -> list:
+    """The launches of a forward and a backward on meta tensors, channels-last."""
     implementation = import_module(f"inherit_kernels.ops.{op}.impl_triton")
+    *tensors, residual = (
+        torch.empty(case.shapes[name], dtype=dtype, device="meta") for name in inherit_kernels.registry.OPS[op].tensors
+    )
+    tensors = [tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor for tensor in tensors]
+    residual = residual.to(memory_format=torch.channels_last)
+    options = [(case.options.get(name, least),) * 2 for name, least in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    with recording() as launches, forced_configs(configs):
+        y, t = implementation.forward_saving(*tensors, residual, *options, "relu")
+        implementation.backward(y, t, *tensors, *options, None, (True,) * len(tensors))
+    return launches
+
+
+def launches_of(op: str, kernel: str, bucket: dict[str, Any]) -> list:
+    """The launches that one configuration decides."""
     dtype = torch.bfloat16 if bucket["bits"] == 16 else torch.float32
-    case = case_of(op, (2,), 64, (28, 28), 128, bucket["BR"], (3, 3), residual=True)
-    tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta") if shape else None
-        for name, shape in ((name, case.shapes.get(name)) for name in inherit_kernels.registry.OPS[op].tensors)
-    }
-    for name in ("x", "down", "residual"):
-        tensors[name] = tensors[name].to(memory_format=torch.channels_last)
-    options = ((1, 1), (1, 1), (1, 1))
-    residual = torch.empty((2, 128, 28, 28), dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    weights = [value for name, value in tensors.items() if name != "residual"]
-    with recording() as launches, forced_configs({kernel: bucket["config"]}):
-        y, t = implementation.forward_saving(*weights, residual, *options, "relu")
-        implementation.backward(y, t, *weights, *options, None, (True,) * len(weights))
+    case = case_of(op, (2,), 64, (28, 28), 128, bucket["BR"], (3, 3), residual=True, padding=1)
     names = {
         "forward": f"{op}_fwd_kernel",
         "forward_down": f"{op}_fwd_down_kernel",
@@ -190,6 +193,7 @@ def launches_of(op: str, kernel: str, bucket: dict[str, Any]) -> list:
         "backward_up": "conv_bwd_up_kernel",
     }
     wanted = {names[kernel]} | ({"conv_partials_kernel"} if bucket["config"].get("SPLIT_K", 1) > 1 else set())
+    launches = record(op, case, dtype, {kernel: bucket["config"]})
     return [launch for launch in launches if launch.kernel.__name__ in wanted]
 
 
@@ -212,6 +216,19 @@ def test_shipped_configurations_fit_the_hardware(op, kernel, bucket, arch):
         adds_only = kernel == "forward_down" and config["SPLIT_K"] > 1 and "partials" not in found.kernel
         if bucket["bits"] == 16 and arch == 90 and config["BM"] >= 64 and not adds_only:
             assert found.wgmma > 0, found
+
+
+@compiled
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_of_one_compile(op):
+    """Triton makes an argument of value one a constant while compiling, which the interpreter never does."""
+    from inherit_kernels.testing.triton_compile import compile_launch
+
+    case = case_of(op, (1,), 1, (1, 1), 1, 1, (1, 1), h=1, residual=True)
+    launches = record(op, case, torch.float32, configs(op, split_k=2))
+    assert {"conv_partials_kernel", "conv_bwd_dx_kernel"} <= {launch.kernel.__name__ for launch in launches}
+    for launch in launches:
+        assert compile_launch(launch, 90).registers > 0
 
 
 def test_both_ops_ship_the_same_backward():
