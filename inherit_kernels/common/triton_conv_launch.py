@@ -60,7 +60,7 @@ def backward_tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     half = min(BR, 128 if bits == 16 else 32)
     deep = 64 if bits == 16 else 32
     if kernel == "backward_dt":
-        blocks = ((64, deep, rank), (128, deep, half), (64, 32, half), (32, deep, rank))
+        blocks: Iterable[Sequence[int]] = ((64, deep, rank), (128, deep, half), (64, 32, half), (32, deep, rank))
         return candidates(("BM", "BN", "BR"), blocks, {})
     if kernel == "backward_dx":
         depth = min(BR, deep)
