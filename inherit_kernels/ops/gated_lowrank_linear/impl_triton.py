@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common import triton_launch
+from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
