@@ -41,7 +41,7 @@ def test_a_forced_backend_that_declines_raises_its_sentence(clean, monkeypatch):
 @patch.dict(OPS["lowrank_conv2d"].backends)  # put back in its order, which the README's table shows
 def test_an_op_without_the_forced_backend_says_what_it_has():
     del OPS["lowrank_conv2d"].backends["native"]
-    with inherit_kernels.use_backend("native"), pytest.raises(ValueError, match="it has unfused, reference"):
+    with inherit_kernels.use_backend("native"), pytest.raises(ValueError, match="it has unfused, triton, reference"):
         inherit_kernels.lowrank_conv2d(torch.randn(1, 8, 4, 4), DOWN[:, :, None, None], UP)
 
 
