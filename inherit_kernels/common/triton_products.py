@@ -178,6 +178,8 @@ def two_stage_space(bits: int, rank: int) -> list[Config]:
         rank: padded to a power of two.
     """
     warps = 8 if rank >= 128 else 4
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
     if bits == 16:
         rows = (64, 128) if rank <= 128 else (32, 64) if rank == 256 else (16, 32)
         columns, depth = ((64, 128), 64) if rank <= 128 else ((32, 64), 32)

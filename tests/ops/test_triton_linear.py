@@ -1,7 +1,7 @@
 """The Triton kernels of the linear ops: numbers under the interpreter, resources by compiling ahead of time.
 
 Numbers need TRITON_INTERPRET=1 from the start of the process, compiling needs it absent: each half is skipped in the
-other's process. `-m slow` compiles every shipped configuration; the table of resources is printed, `pytest -rP` shows it.
+other's process. `-m slow` compiles every shipped configuration; the table of resources is printed at the end of the run.
 
 Seen failing, each by one edit of a kernel: the depth tail of a product not masked, the last partial left out of a sum,
 each head overwriting the one before it.
@@ -10,6 +10,7 @@ each head overwriting the one before it.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from inherit_kernels.ops.gated_lowrank_linear import impl_triton as gated
 from inherit_kernels.ops.gated_lowrank_linear.cases import case as gated_case
 from inherit_kernels.ops.lowrank_linear import impl_triton as plain
 from inherit_kernels.ops.lowrank_linear.cases import case as plain_case
+from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing import check_accuracy, make_inputs, poisoned_memory
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch
 
@@ -90,7 +92,7 @@ def test_activations_end_the_kernel(op, activation):
 
 
 @interpreted
-@pytest.mark.parametrize("rank", (1, 15, 17, 64, 100, 200, 257, 512))
+@pytest.mark.parametrize("rank", (1, 17, 100, 255, 512))
 @pytest.mark.parametrize("op", BOTH)
 def test_ranks(op, rank):
     dtype = torch.float32 if rank % 2 else torch.bfloat16
@@ -258,6 +260,8 @@ def test_every_rank_has_a_configuration_and_candidates(op):
     for kernel in MODULES[op].KERNELS:
         for bits, dtype in DTYPES.items():
             for rank in RANKS:
+                if op == "gated_lowrank_linear" and kernel != "forward" and (bits, rank) == (32, 512):
+                    continue  # which `supports` declines
                 keys = {"BR": rank, "M": 100}
                 shipped = config_for(op, kernel, dtype, torch.device("meta"), keys)
                 space = MODULES[op].tuning_space(kernel, bits, rank)
@@ -269,6 +273,14 @@ def test_every_rank_has_a_configuration_and_candidates(op):
                         (record_forward if kernel == "forward" else record_backward)(
                             op, 100, 64, 64, rank, 3, dtype=dtype
                         )
+
+
+def test_a_backward_that_would_spill_is_declined():
+    problem = Problem("gated_lowrank_linear", torch.float32, torch.device("cuda"), {"R": 257}, (), True)
+    backend = OPS["gated_lowrank_linear"].backends["triton"]
+    assert "up to rank 256, not 257" in backend.supports(problem)
+    assert backend.supports(replace(problem, dtype=torch.bfloat16)) is None
+    assert backend.supports(replace(problem, training=False)) is None
 
 
 # --- resources ---------------------------------------------------------------------------------------------------------
@@ -293,15 +305,11 @@ def launches_of(op: str, kernel: str, entry: dict) -> list:
     return chosen[2:] if kernel == "gate_gradient" else chosen
 
 
-def check_resources(op: str, kernel: str, entry: dict, arch: int) -> None:
+def check_resources(op: str, kernel: str, entry: dict, arch: int, keep_resources) -> None:
     config = entry["config"]
     for launch in launches_of(op, kernel, entry):
         found = compile_launch(launch, arch)
-        print(
-            f"{found.kernel:40} sm_{arch} {entry['bits']} bits, BR {entry['BR']:3}, M {entry.get('M', '-'):>5}: "
-            f"{found.registers:3} registers, stack {found.stack}, shared {found.shared:6}, wgmma {found.wgmma:3}, "
-            f"mma {found.mma:3}, 16-byte loads {found.loads16}/{found.loads}"
-        )
+        keep_resources(found, bits=entry["bits"], BR=entry["BR"], M=entry.get("M"))
         assert found.stack == 0
         assert found.shared <= SHARED_LIMIT[80]  # the same table serves both
         assert found.loads16 > 0
@@ -326,18 +334,18 @@ def entries(op: str):
         ("gated_lowrank_linear", "weight_gradient", 16, 64, None),
     ],
 )
-def test_resources(op, kernel, bits, rank, rows, arch):
+def test_resources(op, kernel, bits, rank, rows, arch, keep_resources):
     (entry,) = [
         entry
         for name, entry in entries(op)
         if (name, entry["bits"], entry["BR"], entry.get("M")) == (kernel, bits, rank, rows)
     ]
-    check_resources(op, kernel, entry, arch)
+    check_resources(op, kernel, entry, arch, keep_resources)
 
 
 @compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", (80, 90))
 @pytest.mark.parametrize("op, index", [(op, index) for op in BOTH for index in range(len(entries(op)))])
-def test_resources_of_every_configuration(op, index, arch):
-    check_resources(op, *entries(op)[index], arch)
+def test_resources_of_every_configuration(op, index, arch, keep_resources):
+    check_resources(op, *entries(op)[index], arch, keep_resources)

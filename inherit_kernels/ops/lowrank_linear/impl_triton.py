@@ -42,21 +42,21 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
 
 
 def forward(*args: Any) -> Tensor:
-    return _forward(*args, store_t=False)[0]
+    return _forward(False, *args)[0]
 
 
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*args, store_t=True)
+    return _forward(True, *args)
 
 
 def _forward(
+    store_t: bool,
     x: Tensor,
     down: Tensor,
     up: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
-    store_t: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], up.shape[0])
     t = x.new_empty(*x.shape[:-1], down.shape[0]) if store_t else y
