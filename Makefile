@@ -4,19 +4,36 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-full bench lint format build clean
+.PHONY: demo test test-full test-cpu test-gpu-code bench lint format build clean
 
 demo: $(READY)
 	$(BIN)/inhernet demo digits --no-compile --out runs/digits
 
-# The benchmark house in a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
+# Two halves side by side; what the second says comes last.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks
+	@mkdir -p build; $(MAKE) --no-print-directory test-gpu-code >build/test-gpu-code.log 2>&1 & other=$$!; \
+	$(MAKE) --no-print-directory test-cpu; status=$$?; wait $$other || status=1; \
+	echo "GPU kernels without a GPU:"; cat build/test-gpu-code.log; exit $$status
+
+# The code for GPUs on a machine without one: CUDA C++ compiled and emulated, Triton compiled and interpreted.
+GPU_CODE := tests/test_emulation.py $(wildcard tests/test_cuda_*.py) $(wildcard tests/ops/test_triton_*.py)
+
+# The benchmark house in a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
+test-cpu: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,$(GPU_CODE))
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
+
+# Triton decides at its import whether it compiles or interprets: two processes.
+test-gpu-code: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "triton and (only_the or double_backward or neighbours)"
 
 test-full: $(READY)
 	$(BIN)/python -m pytest -m "not gpu" --fuzz 5000 --fuzz-random --ignore tests/benchmarks
 	$(BIN)/python -m pytest -m "not gpu" tests/benchmarks
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k triton
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds

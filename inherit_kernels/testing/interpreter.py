@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter (3.6 to 3.9), which the tests run kernels under: its bfloat16 is not bfloat16.
+"""Repairs of Triton's interpreter (3.6 and 3.9), which the tests run kernels under: its bfloat16 is not bfloat16.
 
 Seen with triton 3.9: a product of bfloat16 tiles multiplies their bit patterns as integers, and float32 becomes bfloat16 by
 cutting bits off where a GPU rounds to nearest.

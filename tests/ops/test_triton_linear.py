@@ -101,7 +101,7 @@ def test_ranks(op, rank):
 
 
 @interpreted
-@pytest.mark.parametrize("heads", (1, 2, 17))
+@pytest.mark.parametrize("heads", (1, 2, pytest.param(17, marks=pytest.mark.slow)))
 def test_heads(heads):
     with forced_configs(tiny("fused", 1)), poisoned_memory():
         check_accuracy(
@@ -165,7 +165,7 @@ def test_padding_multiplies_no_infinity(value):
 
 
 @interpreted
-@pytest.mark.parametrize("programs", (1, 40))
+@pytest.mark.parametrize("programs", (pytest.param(1, marks=pytest.mark.slow), 40))
 @pytest.mark.parametrize("op", BOTH)
 def test_a_gradient_asked_for_alone_is_the_same(op, programs):
     module, dtype = MODULES[op], torch.bfloat16
