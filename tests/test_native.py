@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from inherit_kernels import _native
 from inherit_kernels.common.conv import first_stage, memory_format_of, output_size
+from inherit_kernels.registry import OPS
 from inherit_kernels.testing.accuracy import assert_within
 
 if not _native.load():
@@ -514,6 +515,13 @@ def test_the_cuda_part_says_what_it_is():
         assert says.startswith("ok"), says
     else:
         assert "sm_" in info and "no CUDA device is usable here" in says
+
+
+def test_the_cuda_part_registers_the_ops_that_its_backend_offers():
+    for op, spec in OPS.items():
+        for name in (op, f"{op}_saving"):
+            registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"inherit_kernels_C::{name}", "CUDA")
+            assert registered == (_native.cuda_built() and "cuda" in spec.backends["native"].SERVES), name
 
 
 def runs_here(level):
