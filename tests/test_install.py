@@ -140,6 +140,7 @@ def test_an_explicit_choice_that_cannot_be_met_fails(sources):
     assert wheel is None
 
 
+@pytest.mark.slow  # a minute; `make test` has built the CUDA part for itself, and test_native.py asks it what it is
 @NEEDS_COMPILER
 def test_with_nvcc_the_cuda_part_is_built_and_loads_without_a_gpu(built, tmp_path):
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):

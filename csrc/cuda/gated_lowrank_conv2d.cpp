@@ -18,14 +18,15 @@ Tensor empty_channels_last(const Tensor& x, int64_t channels, int64_t height, in
   return Tensor(handle);
 }
 
-// The data of [.., channels, height, width] whose channels lie side by side.
-const void* channels_last(const Tensor& tensor, const char* name) {
+// The data of [.., channels, height, width] whose channels lie side by side, on a 16-byte boundary.
+const void* channels_last(Tensor& tensor, const char* name) {
   int64_t expected = 1;
   for (int64_t k : {1, 3, 2, 0}) {
     bool right = tensor.size(k) <= 1 || tensor.stride(k) == expected;
     STD_TORCH_CHECK(right, name, ": the CUDA kernel takes dense channels-last tensors");
     expected *= tensor.size(k);
   }
+  if (!aligned16(tensor)) tensor = torch::stable::clone(tensor);  // which keeps the strides of a dense tensor
   return tensor.data_ptr();
 }
 

@@ -53,8 +53,14 @@ inline void check(const OptionalTensor& tensor, const char* name, Expected expec
   if (tensor) check(*tensor, name, expected, x);
 }
 
+inline bool aligned16(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
+
+// Contiguous and on a 16-byte boundary, as allocations are and views need not be.
 inline const void* dense(Tensor& tensor) {
   tensor = torch::stable::contiguous(tensor);
+  if (!aligned16(tensor)) tensor = torch::stable::clone(tensor);
   return tensor.data_ptr();
 }
 
@@ -67,13 +73,16 @@ struct Rows {
   int64_t stride;
 };
 
-// [..., cols] as rows of one stride with their elements side by side; copied where the strides do not allow it.
+// [..., cols] as rows of one stride with their elements side by side, on 16-byte boundaries where cols allows it;
+// copied where it is not laid out so.
 inline Rows dense_rows(Tensor& tensor) {
-  int64_t last = tensor.dim() - 1;
+  int64_t last = tensor.dim() - 1, cols = tensor.size(last), element = dtype_code(tensor, "x") == kFloat32 ? 4 : 2;
   std::optional<int64_t> row = merged_stride(tensor, 0, last);
-  if (!row || (tensor.size(last) > 1 && tensor.stride(last) != 1)) {
-    tensor = torch::stable::contiguous(tensor);
-    row = tensor.size(last);
+  bool side_by_side = row && (cols == 1 || tensor.stride(last) == 1);
+  bool wide = side_by_side && aligned16(tensor) && *row * element % 16 == 0;
+  if (!side_by_side || (cols * element % 16 == 0 && !wide)) {
+    dense(tensor);
+    row = cols;
   }
   return {tensor.data_ptr(), *row};
 }

@@ -33,9 +33,12 @@ def supports(problem: Problem) -> str | None:
     sizes = problem.sizes
     if not sizes:
         return "the CUDA kernel is chosen by the size of the map, which is not known beforehand"
-    if sizes["P"] > 256 or sizes["R"] > 256 or sizes["R"] % 8 or sizes["C"] % 8:
-        return f"the CUDA kernel takes maps and ranks up to 256, channels and ranks in multiples of 8, not {sizes}"
-    return declines_on_cuda(problem, CUDA_DTYPES)
+    if sizes["P"] > 256 or sizes["R"] > 256 or sizes["H"] > 8 or sizes["R"] % 8 or sizes["C"] % 8:
+        return f"the CUDA kernel takes maps and ranks up to 256, up to 8 heads, channels and ranks by 8, not {sizes}"
+    sentence = declines_on_cuda(problem, CUDA_DTYPES)
+    if sentence is None and sizes["R"] > 128 and torch.cuda.get_device_capability(problem.device)[0] != 9:
+        return f"ranks above 128 take a device with clusters (compute capability 9), not {sizes['R']}"
+    return sentence
 
 
 def _channels_last(*images: Tensor | None) -> list[Tensor | None]:
