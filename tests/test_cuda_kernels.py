@@ -278,6 +278,7 @@ for layer, dtype in [(Layer(9, 520, 16, 35), "bfloat16"), (Layer(3, 65, 17, 33, 
 """
 
 
+@pytest.mark.slow  # half a minute; those of the cluster kernels run always
 def test_the_sanitizer_finds_no_race():
     done = build.run_sanitized(build.build("decode", SOURCES, sanitize=True), SANITIZED)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -341,7 +342,9 @@ def resources(nvcc: str, source: str) -> list[tuple[str, int, int, int]]:
     return [(f"{arch} {name}", int(registers), int(stack), int(spill)) for name, arch, stack, spill, registers in found]
 
 
-@pytest.mark.parametrize("source, kernels", [("lowrank_linear.cu", 12), ("gated_lowrank_linear.cu", 12)])
+@pytest.mark.parametrize(
+    "source, kernels", [pytest.param("lowrank_linear.cu", 12, marks=pytest.mark.slow), ("gated_lowrank_linear.cu", 12)]
+)
 def test_no_kernel_spills_and_two_blocks_fit_an_sm(source, kernels):
     report = resources(nvcc_or_skip(), source)
     assert len(report) == 2 * kernels

@@ -81,7 +81,7 @@ def test_every_loop_and_split_several_times(op, dtype, layout, splits):
 
 @interpreted
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("rank", (1, 65, 512))
+@pytest.mark.parametrize("rank", (1, 65, pytest.param(512, marks=pytest.mark.slow)))
 def test_ranks(op, rank):
     case = case_of(op, (2,), 3, (2, 2), 4, rank, (1, 1), h=2)
     check(op, case, torch.float16 if rank % 2 else torch.float32, "channels_last")
