@@ -117,7 +117,8 @@ def _decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
             raise ValueError(f"backend {forced!r} cannot serve {problem}: {sentence}")
         return forced
     candidates = [name for name, backend in spec.backends.items() if backend.supports(problem) is None]
-    return measured_choice(problem, candidates)[0] or candidates[0]
+    unmeasured = "unfused" if problem.device.type == "cuda" else candidates[0]
+    return measured_choice(problem, candidates)[0] or unmeasured
 
 
 # --- measured tables ---------------------------------------------------------------------------------------------------

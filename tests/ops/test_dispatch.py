@@ -166,3 +166,12 @@ def test_the_dtypes_that_a_backend_declares_for_this_machine_are_those_it_takes(
                     assert declared or name == "triton", (op, name, dtype)  # which the interpreter runs on CPU tensors
                 elif declared:
                     assert name == "native" and not _native.load(), (op, name, dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_without_a_table_takes_the_unfused_form(op, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_slug", lambda device: "nvidia-unknown")
+    for backend in OPS[op].backends.values():
+        monkeypatch.setattr(backend, "supports", lambda problem: None)
+    problem = Problem(op, torch.bfloat16, torch.device("cuda"), {"M": 8, "B": 8}, (), False)
+    assert dispatch._decide(OPS[op], problem, None) == "unfused"
