@@ -70,7 +70,10 @@ def case_of(
         (torch.bfloat16, "channels_last", {}),
         (torch.float32, "contiguous", {"split_n": 2, "split_k": 3, "tiles": 1, "programs": 64}),
         # more shares than there is work
-        (torch.float16, "channels_last", {"split_n": 5, "split_k": 40, "tiles": 9, "programs": 1}),
+        pytest.param(
+            *(torch.float16, "channels_last", {"split_n": 5, "split_k": 40, "tiles": 9, "programs": 1}),
+            marks=pytest.mark.slow,
+        ),
     ),
     ids=("unsplit", "split", "overlong"),
 )

@@ -110,7 +110,7 @@ def test_heads(heads):
 
 
 @interpreted
-@pytest.mark.parametrize("op", BOTH)
+@pytest.mark.parametrize("op", [pytest.param(BOTH[0], marks=pytest.mark.slow), BOTH[1]])
 def test_any_strides_give_the_same_bits(op):
     inputs = make_inputs(op, case(op, (20,), 33, 35, 7, residual=True), torch.bfloat16)
     turned = {
@@ -181,6 +181,7 @@ def test_a_gradient_asked_for_alone_is_the_same(op, programs):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("op", BOTH)
 def test_forward_is_forward_saving_without_t(op):
     *tensors, _ = make_inputs(op, case(op, (20,), 24, 40, 20), torch.float16).values()
