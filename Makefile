@@ -4,29 +4,30 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-full test-cpu test-gpu-code bench lint format build clean
+.PHONY: demo test test-full test-python test-kernels bench lint format build clean
 
 demo: $(READY)
 	$(BIN)/inhernet demo digits --no-compile --out runs/digits
 
 # Two halves side by side; what the second says comes last.
 test: $(READY)
-	@mkdir -p build; $(MAKE) --no-print-directory test-gpu-code >build/test-gpu-code.log 2>&1 & other=$$!; \
-	$(MAKE) --no-print-directory test-cpu; status=$$?; wait $$other || status=1; \
-	echo "GPU kernels without a GPU, and the benchmark house:"; cat build/test-gpu-code.log; exit $$status
+	@mkdir -p build; $(MAKE) --no-print-directory test-kernels >build/test-kernels.log 2>&1 & other=$$!; \
+	$(MAKE) --no-print-directory test-python; status=$$?; wait $$other || status=1; \
+	echo "Kernels and the benchmark house:"; cat build/test-kernels.log; exit $$status
 
 # The code for GPUs on a machine without one: CUDA C++ compiled and emulated, Triton compiled and interpreted.
 GPU_CODE := tests/test_emulation.py $(wildcard tests/test_cuda_*.py) $(wildcard tests/ops/test_triton_*.py)
 
-test-cpu: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,$(GPU_CODE))
+test-python: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,tests/test_native.py $(GPU_CODE))
 
 # Triton decides at its import whether it compiles or interprets: two processes. The benchmark house has one of its own too:
 # after OpenVINO and ONNX Runtime, torch's training tests crashed.
-test-gpu-code: $(READY)
+test-kernels: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "triton and double_backward and lowrank_linear"
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_native.py
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
 
 test-full: $(READY)
