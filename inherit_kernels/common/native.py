@@ -44,7 +44,8 @@ def declines_on_cuda(problem: Problem, dtypes: Sequence[torch.dtype]) -> str | N
     if problem.dtype not in dtypes:
         return f"the CUDA kernels of {problem.op} take {', '.join(map(str, dtypes))}, not {problem.dtype}"
     if not _native.cuda_built():
-        return _native.error or "the native library was built without CUDA: INHERIT_KERNELS_BUILD=cuda says why"
+        reason = _native.build_notes().get("cuda_error") or "install this package again with INHERIT_KERNELS_BUILD=cuda"
+        return _native.error or f"the native library was built without CUDA: {reason}"
     return None
 
 

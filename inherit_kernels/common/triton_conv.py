@@ -276,7 +276,7 @@ def conv_bwd_up_kernel(
 
 
 @triton.jit
-def sum_partials_kernel(
+def conv_sum_partials_kernel(
     p_partials, p_out, splits, count, T, C, s_r, s_t, s_c, BS: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
     """out[r, tap, c], by its strides, = the sum over splits of partials `[splits, R, T, C]`; `count` = R·T·C."""

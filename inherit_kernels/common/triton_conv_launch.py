@@ -11,7 +11,16 @@ from torch import Tensor
 
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.conv import Pair, memory_format_of, output_size
-from inherit_kernels.common.triton_launch import Config, config_for, hint, launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_launch import (
+    Config,
+    ceil_div,
+    config_for,
+    hint,
+    launch,
+    padded_rank,
+    precision,
+    strides,
+)
 from inherit_kernels.registry import Problem
 
 MAX_POSITIONS = 2**31 - 1
@@ -22,11 +31,6 @@ def declines(problem: Problem) -> str | None:
     if problem.sizes.get("P", 0) > MAX_POSITIONS:
         return f"the Triton kernels count the positions of an image in 32 bits, not {problem.sizes['P']} of them"
     return triton_launch.declines(problem)
-
-
-def ceil_div(a: Any, b: Any) -> Any:
-    """⌈a / b⌉, symbolic where a is."""
-    return (a + b - 1) // b
 
 
 def empty_image(x: Tensor, channels: int, size: Sequence[Any]) -> Tensor:
@@ -241,11 +245,11 @@ def backward_up(
 
 def sum_partials(partials: Tensor, out: Tensor, taps: int, columns: int, strides: tuple[int, int, int]) -> Tensor:
     """`out` = the sum of float32 partials `[splits, R·taps·columns]`; `strides` are those of out's R, taps and columns."""
-    from inherit_kernels.common.triton_conv import sum_partials_kernel
+    from inherit_kernels.common.triton_conv import conv_sum_partials_kernel
 
     count = out.numel()
     launch(
-        sum_partials_kernel,
+        conv_sum_partials_kernel,
         (ceil_div(count, 128),),
         *(partials, out, partials.numel() // count, count, taps, columns, *strides),
         BS=16,

@@ -193,9 +193,14 @@ def _warn_once(op: str, slug: str) -> None:
     if slug != SHIPPED:
         warnings.warn(
             f"no Triton configuration of {op} was tuned on {slug}: general ones are used; "
-            f"`python -m inherit_kernels.tune {op} --device cuda` measures them in a few minutes",
+            f"`python -m inherit_kernels.tune {op} --device cuda` measures them",
             stacklevel=2,
         )
+
+
+def ceil_div(a: Any, b: Any) -> Any:
+    """⌈a / b⌉, symbolic where a is."""
+    return (a + b - 1) // b
 
 
 def strides(*tensors: Any) -> Sequence[int]:

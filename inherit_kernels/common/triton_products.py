@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inherit_kernels.common.triton_launch import Config, hint, launch, precision
+from inherit_kernels.common.triton_launch import Config, ceil_div, hint, launch, precision
 
 SUM_BLOCK = 1024
 
@@ -15,11 +15,6 @@ SUM_BLOCK = 1024
 def rows_of(tensor: Tensor) -> Tensor:
     """`[..., C]` as `[M, C]`, a view where the strides allow it."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def tiles(size: Any, block: int) -> Any:
-    """How many blocks cover a size."""
-    return (size + block - 1) // block
 
 
 def options_of(config: Config) -> Config:
@@ -38,7 +33,7 @@ def partial_product(config: Config, a: Tensor, b: Tensor) -> Tensor:
     partials = a.new_empty(splits, rows, rank, dtype=torch.float32)
     launch(
         partial_product_kernel,
-        (tiles(rows, config["BM"]) * tiles(rank, config["BR_TILE"]) * splits,),
+        (ceil_div(rows, config["BM"]) * ceil_div(rank, config["BR_TILE"]) * splits,),
         a,
         b,
         partials,
@@ -89,7 +84,7 @@ def weight_gradient(
     if rows == 0 or not (need_out or need_sums):
         return out, sums
     # The split is that of the full problem, so that a gradient asked for alone is the same bit for bit.
-    programs = tiles(hint(wide), config["BP"]) * tiles(hint(narrow), config["BQ"]) * hint(heads)
+    programs = ceil_div(hint(wide), config["BP"]) * ceil_div(hint(narrow), config["BQ"]) * hint(heads)
     splits = max(1, min(config["PROGRAMS"] // programs, hint(rows) // config["BM"]))
     if splits == 1:
         _launch_gradient(config, a, b, scale, out, sums, transposed, 1, 0)
@@ -119,10 +114,10 @@ def _launch_gradient(
 
     rows, wide, narrow = a.shape[0], a.shape[1], b.shape[1]
     heads = 1 if scale is None else scale.shape[1]
-    tiles_q = 1 if out is None else tiles(narrow, config["BQ"])
+    tiles_q = 1 if out is None else ceil_div(narrow, config["BQ"])
     launch(
         weight_gradient_kernel,
-        (splits * tiles(wide, config["BP"]) * heads * tiles_q,),
+        (splits * ceil_div(wide, config["BP"]) * heads * tiles_q,),
         a,
         b,
         a if scale is None else scale,
@@ -154,7 +149,7 @@ def _sum_partials(partials: Tensor, out: Tensor | None, sums: Tensor | None, siz
 
     launch(
         sum_partials_kernel,
-        (tiles(size + count, SUM_BLOCK),),
+        (ceil_div(size + count, SUM_BLOCK),),
         partials,
         partials if out is None else out,
         partials if sums is None else sums,

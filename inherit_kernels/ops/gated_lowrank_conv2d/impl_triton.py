@@ -20,14 +20,13 @@ from inherit_kernels.common.triton_conv_launch import (
     backward_up,
     backward_x,
     candidates,
-    ceil_div,
     declines,
     empty_image,
     partial_sums,
     positions,
     tap_matrix,
 )
-from inherit_kernels.common.triton_launch import Config, launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_launch import Config, ceil_div, launch, padded_rank, precision, strides
 from inherit_kernels.registry import Problem
 
 OP = "gated_lowrank_conv2d"

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
+from inherit_kernels.common.triton_launch import Config, ceil_div, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
     partial_product,
     rows_of,
-    tiles,
     two_stage_space,
     weight_gradient,
 )
@@ -84,10 +83,10 @@ def _forward(
     splits = config.get("SPLIT_K", 0)
     partials = partial_product(config, x, down) if splits else x
     residual_rows = x if residual is None else rows_of(residual)
-    programs_n = config["SPLIT_N"] or tiles(columns, config["BN"])
+    programs_n = config["SPLIT_N"] or ceil_div(columns, config["BN"])
     launch(
         gated_lowrank_linear_fwd_kernel,
-        (tiles(rows, config["BM"]) * programs_n,),
+        (ceil_div(rows, config["BM"]) * programs_n,),
         x,
         down,
         up,
@@ -203,7 +202,7 @@ def _upstream(
         return dt, d_logits, g
     config = config_for(OP, "backward_dx", x.dtype, x.device, sizes)
     splits = 0 if gate_only else config.get("SPLIT_K", 0)
-    programs_n = 1 if dx is None else config["SPLIT_N"] or tiles(x.shape[1], config["BN"])
+    programs_n = 1 if dx is None else config["SPLIT_N"] or ceil_div(x.shape[1], config["BN"])
     gate = (gate_weight, x if gate_bias is None else gate_bias, x if bias is None else bias)
     strides = (
         *gate_weight.stride(),
@@ -223,7 +222,7 @@ def _upstream(
         partials = _partials(config, dz, t, up, gate, strides, flags, blocks)
     launch(
         gated_lowrank_linear_bwd_dx_kernel,
-        (tiles(rows, config["BM"]) * programs_n,),
+        (ceil_div(rows, config["BM"]) * programs_n,),
         dz,
         t,
         down,
@@ -274,7 +273,7 @@ def _partials(
     partial_dg = t.new_empty(splits, rows, heads, dtype=torch.float32)
     launch(
         gated_lowrank_linear_bwd_partials_kernel,
-        (tiles(rows, config["BM"]) * splits,),
+        (ceil_div(rows, config["BM"]) * splits,),
         dz,
         t,
         up,

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.triton_launch import Config, config_for, declines, launch, padded_rank, precision
+from inherit_kernels.common.triton_launch import Config, ceil_div, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
     partial_product,
     rows_of,
-    tiles,
     two_stage_space,
     weight_gradient,
 )
@@ -117,10 +116,10 @@ def _two_stages(
     splits = config.get("SPLIT_K", 0)
     partials = partial_product(config, x, down) if splits else x
     residual_rows = x if residual is None else rows_of(residual)
-    programs_n = 1 if y is None else config["SPLIT_N"] or tiles(columns, config["BN"])
+    programs_n = 1 if y is None else config["SPLIT_N"] or ceil_div(columns, config["BN"])
     launch(
         lowrank_linear_fwd_kernel,
-        (tiles(rows, config["BM"]) * programs_n,),
+        (ceil_div(rows, config["BM"]) * programs_n,),
         x,
         down,
         up,
