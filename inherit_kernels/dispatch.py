@@ -35,7 +35,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     A backward uses the backend of its forward. A compiled function keeps the backend in force while it was compiled.
 
     Args:
-        name: "reference", "unfused", "native", "triton" or None.
+        name: "reference", "unfused", "native", "triton", "triton_gate_first" (`gated_lowrank_conv2d` only) or None.
 
     Raises:
         ValueError: no op has a backend of that name. An op call inside the block raises the declining sentence when the
@@ -86,13 +86,12 @@ def select(
 def select_traced(
     spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool, forced: str | None
 ) -> Backend | None:
-    """The Triton backend, if it is the choice for GPU tensors of these (hinted) sizes; None for any other choice."""
-    backend = spec.backends.get("triton")
-    if backend is None or tensors[0].device.type != "cuda":
+    """The Triton backend that is the choice for GPU tensors of these (hinted) sizes; None for any other choice."""
+    if not spec.triton_backends or tensors[0].device.type != "cuda":
         return None
     problem = problem_of(spec, tensors, options, training)
     hinted = replace(problem, sizes={letter: hint(size) for letter, size in problem.sizes.items()})
-    return backend if _decide(spec, hinted, forced) == "triton" else None
+    return spec.triton_backends.get(_decide(spec, hinted, forced))
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
@@ -190,7 +189,7 @@ class Explanation:
         lines = [str(self.problem)]
         for name, sentence in self.declined.items():
             mark = "->" if name == self.choice else "  "
-            lines.append(f"{mark} {name:<10}{'can serve' if sentence is None else 'declines: ' + sentence}")
+            lines.append(f"{mark} {name:<18}{'can serve' if sentence is None else 'declines: ' + sentence}")
         return "\n".join([*lines, f"choice: {self.choice} ({self.reason})"])
 
     __repr__ = __str__

@@ -93,6 +93,11 @@ class OpSpec:
     def tensors(self) -> tuple[str, ...]:
         return self.required + self.optional
 
+    @property
+    def triton_backends(self) -> dict[str, Any]:
+        """Those whose launches a compiler can see and whose kernels have configuration tables."""
+        return {name: backend for name, backend in self.backends.items() if name.startswith("triton")}
+
     def split(self, args: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         """The tensors and the options of a complete positional argument list."""
         options = (tuple(option) if isinstance(option, list) else option for option in args[self.tensor_count :])

@@ -25,6 +25,7 @@ from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.timing import time_interleaved
 
 DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = {"cpu": "contiguous", "cuda": "channels_last"}  # of images; tensor cores want their channels side by side
 # A backend this many times slower than the fastest is timed once: bfloat16 products without bfloat16 units.
 HOPELESS = 3
 
@@ -34,7 +35,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """One entry of a table: the medians of all backends but the reference, or None where fewer than two can serve."""
     spec = OPS[op]
-    inputs = make_inputs(op, case, dtype, device=device)
+    inputs = make_inputs(op, case, dtype, device=device, layout=LAYOUTS[device])
     if training:
         inputs = {name: value if value is None else value.requires_grad_() for name, value in inputs.items()}
     tensors, chosen = arguments_of(op, inputs, case)

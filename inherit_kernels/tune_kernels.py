@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from inherit_kernels.common.triton_launch import Config, declines, forced_configs, kernel_tables, padded_rank
+from inherit_kernels.common.triton_launch import Config, forced_configs, kernel_tables, padded_rank
 from inherit_kernels.dispatch import device_slug, problem_of
-from inherit_kernels.registry import OPS
+from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.gpu_timing import time_on_gpu
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch, record
-from inherit_kernels.tune import call_of, write_table
+from inherit_kernels.tune import LAYOUTS, call_of, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
 
@@ -27,6 +27,7 @@ class Point(NamedTuple):
     """A bucket of a kernel's table and the configurations to try in it."""
 
     op: str
+    backend: str
     kernel: str
     case: Case
     dtype: torch.dtype
@@ -34,7 +35,7 @@ class Point(NamedTuple):
 
     @property
     def training(self) -> bool:
-        return not self.kernel.startswith("forward")
+        return self.kernel.startswith("backward") or self.kernel.endswith("gradient")
 
 
 def tune_kernels(op: str, end: float) -> None:
@@ -67,15 +68,15 @@ def tune_kernels(op: str, end: float) -> None:
 
 def points_of(op: str) -> Iterator[Point]:
     """The buckets to measure: the square cases first, bfloat16 before float32, the forward before the backward."""
-    backend: Any = OPS[op].backends["triton"]
     cases = import_module(f"inherit_kernels.ops.{op}.cases").gpu_tuning_cases()
     square = [case for case in cases if case.shapes["x"][-1] == case.shapes["up"][-2] or len(case.shapes["x"]) == 4]
     for dtype in DTYPES:
         bits = 32 if dtype == torch.float32 else 16
-        for kernel in backend.KERNELS:
-            for case in square:
-                rank = padded_rank(case.shapes["down"][0])
-                yield Point(op, kernel, case, dtype, backend.tuning_space(kernel, bits, rank))
+        for name, backend in OPS[op].triton_backends.items():
+            for kernel in backend.KERNELS:
+                for case in square:
+                    rank = padded_rank(case.shapes["down"][0])
+                    yield Point(op, name, kernel, case, dtype, backend.tuning_space(kernel, bits, rank))
 
 
 def fitting_candidates(point: Point, arch: int) -> list[Config]:
@@ -85,7 +86,7 @@ def fitting_candidates(point: Point, arch: int) -> list[Config]:
 
 def _fits(point: Point, config: Config, arch: int) -> bool:
     with forced_configs({point.kernel: config}):
-        launches = record(point.op, point.case, point.dtype, point.training)
+        launches = record(point.op, point.case, point.dtype, point.training, LAYOUTS["cuda"], point.backend)
     for launch in launches:
         try:
             used = compile_launch(launch, arch)
@@ -100,12 +101,12 @@ def _fits(point: Point, config: Config, arch: int) -> bool:
 def _fastest(point: Point) -> dict[str, Any] | None:
     """The bucket of a point with its fastest configuration, or None where none runs."""
     bits = 32 if point.dtype == torch.float32 else 16
-    inputs = make_inputs(point.op, point.case, point.dtype, device="cuda")
+    inputs = make_inputs(point.op, point.case, point.dtype, device="cuda", layout=LAYOUTS["cuda"])
     if point.training:
         inputs = {name: value if value is None else value.requires_grad_() for name, value in inputs.items()}
     tensors, options = arguments_of(point.op, inputs, point.case)
     problem = problem_of(OPS[point.op], tensors, options, point.training)
-    if declines(problem):
+    if OPS[point.op].backends[point.backend].supports(problem) is not None:
         return None
 
     def under(config: Config) -> Any:
@@ -114,13 +115,18 @@ def _fastest(point: Point) -> dict[str, Any] | None:
                 return run()
 
         with forced_configs({point.kernel: config}):
-            run = call_of(point.op, inputs, point.case.options, "triton", point.training)
+            run = call_of(point.op, inputs, point.case.options, point.backend, point.training)
         return call
 
     timings = time_on_gpu({str(i): under(config) for i, config in enumerate(point.candidates)})
     if not timings:
         return None
     best = min(timings, key=lambda name: timings[name].median)
-    sizes = {letter: size for letter, size in problem.sizes.items() if letter != "R"}
     measured = {"config": point.candidates[int(best)], "microseconds": round(timings[best].median, 1)}
-    return {"bits": bits, "BR": padded_rank(problem.sizes["R"]), **sizes, **measured}
+    return {"bits": bits, **sizes_of(problem), **measured}
+
+
+def sizes_of(problem: Problem) -> dict[str, int]:
+    """What a bucket says of a problem's sizes: the padded rank and the other letters."""
+    others = {letter: size for letter, size in problem.sizes.items() if letter != "R"}
+    return {"BR": padded_rank(problem.sizes["R"]), **others}

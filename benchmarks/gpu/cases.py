@@ -149,7 +149,8 @@ def _core_by_regime() -> list[list[Item]]:
             for r in (64, 128)
         ],
         [Item(_conv(CONV, c, side, share, 1)) for share in SHARES for c, side in MAPS],
-        [Item(_conv(GATED_CONV, c, side, share, 3)) for share in SHARES for c, side in MAPS],
+        [Item(_conv(GATED_CONV, c, side, share, 3)) for share in SHARES for c, side in MAPS]
+        + [Item(conv_point(GATED_CONV, BATCH, (3, 224, 64, 7, 2), 32, 3, "channels_last"))],  # a network's first layer
         _backwards(),
         [Item(point) for point in gated_few] + [Item(linear_point(LINEAR, 512, 4096, 4096, r, 1)) for r in (64, 256)],
         [

@@ -80,9 +80,10 @@ def backward_tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
 class Geometry:
     """A convolution's sizes and windows, as the kernels take them."""
 
-    def __init__(self, x: Tensor, down: Tensor, stride: Pair, padding: Pair, dilation: Pair):
+    def __init__(self, x: Tensor, down: Tensor, up: Tensor, stride: Pair, padding: Pair, dilation: Pair):
         self.batch, self.channels, self.height, self.width = x.shape
         self.rank, _, self.kh, self.kw = down.shape
+        self.heads, self.outputs = up.shape[:-1] if up.dim() == 3 else (1, up.shape[0])
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.size = output_size(x.shape[2:], down.shape[2:], stride, padding, dilation)
         self.positions = self.size[0] * self.size[1]
@@ -97,8 +98,9 @@ class Geometry:
         return (*self.stride, *self.padding, *self.dilation)
 
     def config(self, op: str, kernel: str, x: Tensor) -> Config:
-        sizes = {"BR": padded_rank(self.rank), "M": self.rows, "K": self.taps * self.channels}
-        return config_for(op, kernel, x.dtype, x.device, sizes)
+        letters = {"B": self.batch, "C": self.channels, "T": self.taps, "P": self.positions}
+        letters |= {"N": self.outputs, "H": self.heads, "M": self.rows}  # M: of the shipped tables
+        return config_for(op, kernel, x.dtype, x.device, {"BR": padded_rank(self.rank), **letters})
 
 
 def partial_sums(x: Tensor, matrix: Tensor, geometry: Geometry, config: Config) -> Tensor:
@@ -188,7 +190,7 @@ def backward_down(op: str, dt: Tensor, x: Tensor, down: Tensor, geometry: Geomet
     c_tiles, rank_tiles = ceil_div(g.channels, config["BC"]), ceil_div(g.rank, config["BR"])
     programs = g.taps * c_tiles * rank_tiles
     tiles = ceil_div(g.positions, config["BM"])
-    splits = _splits(config, programs, hint(g.batch * tiles))
+    splits = share_of_programs(config, programs, hint(g.batch * tiles))
     partials = torch.empty((splits, g.rank, g.taps, g.channels), dtype=torch.float32, device=x.device)
     launch(
         conv_bwd_down_kernel,
@@ -198,7 +200,7 @@ def backward_down(op: str, dt: Tensor, x: Tensor, down: Tensor, geometry: Geomet
         KH=g.kh,
         KW=g.kw,
         PRECISION=precision(x.dtype),
-        **_without(config, "PROGRAMS"),
+        **without(config, "PROGRAMS"),
     )
     memory_format = torch.contiguous_format if down.is_contiguous() else torch.channels_last
     d_down = torch.empty(down.shape, dtype=down.dtype, device=x.device, memory_format=memory_format)
@@ -225,7 +227,7 @@ def backward_up(
     n_tiles, rank_tiles = ceil_div(outputs, config["BN"]), ceil_div(g.rank, config["BR"])
     tiles = ceil_div(count, config["BM"])
     groups, group_tiles = (batch, tiles) if per_sample else (1, batch * tiles)
-    splits = _splits(config, hint(groups) * n_tiles * rank_tiles, hint(group_tiles))
+    splits = share_of_programs(config, hint(groups) * n_tiles * rank_tiles, hint(group_tiles))
     products, dz_sums, t_sums = (
         torch.empty((groups, splits, *shape), dtype=torch.float32, device=x.device)
         for shape in ((outputs, g.rank), (outputs,), (g.rank,))
@@ -238,7 +240,7 @@ def backward_up(
         *(tiles, ceil_div(group_tiles, splits), group_tiles, splits, n_tiles, rank_tiles),
         HAS_SUMS=with_sums,
         PRECISION=precision(x.dtype),
-        **_without(config, "PROGRAMS"),
+        **without(config, "PROGRAMS"),
     )
     return products, dz_sums, t_sums
 
@@ -259,10 +261,10 @@ def sum_partials(partials: Tensor, out: Tensor, taps: int, columns: int, strides
     return out
 
 
-def _splits(config: Config, programs: int, tiles: int) -> int:
+def share_of_programs(config: Config, programs: int, tiles: int) -> int:
     """How many programs share each sum, so that about PROGRAMS run, none without a tile."""
     return max(1, min(config["PROGRAMS"] // programs, tiles))
 
 
-def _without(config: Config, name: str) -> Config:
+def without(config: Config, name: str) -> Config:
     return {key: value for key, value in config.items() if key != name}

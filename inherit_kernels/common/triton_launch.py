@@ -148,6 +148,11 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def padded_heads(heads: int) -> int:
+    """The heads rounded up to a power of two."""
+    return 1 << (heads - 1).bit_length()
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: "ieee", unless torch's own switch allows TF32."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not interpreting()

@@ -112,12 +112,19 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def record(op: str, case: Case, dtype: torch.dtype, training: bool = False, layout: str = "contiguous") -> list[Launch]:
+def record(
+    op: str,
+    case: Case,
+    dtype: torch.dtype,
+    training: bool = False,
+    layout: str = "contiguous",
+    backend_name: str = "triton",
+) -> list[Launch]:
     """The launches of a forward, or of a forward and a backward with every gradient, on tensors without memory."""
     spec = OPS[op]
     inputs = make_inputs(op, case, dtype, device="meta", layout=layout)
     tensors, options = arguments_of(op, inputs, case)
-    backend = spec.backends["triton"]
+    backend = spec.backends[backend_name]
     with recording() as launches:
         if not training:
             backend.forward(*tensors, *options)

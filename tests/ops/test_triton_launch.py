@@ -1,7 +1,8 @@
 """Choosing Triton configurations, and what the tuner does before it times anything.
 
 Seen failing: the farthest bucket taken for the nearest, the device's table ignored, a warning at every call, a table
-written without the part that it had, a configuration too large for the device left among the candidates.
+written without the part that it had, a configuration too large for the device left among the candidates, a lookup without
+the letters that the tuner writes (every bucket was then as near as the first).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from inherit_kernels import dispatch, tune
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.triton_launch import config_for, declines, forced_configs, padded_rank
-from inherit_kernels.registry import Problem
+from inherit_kernels.registry import OPS, Problem
+from inherit_kernels.testing.cases import arguments_of, make_inputs
 
 CUDA = torch.device("cuda")
 
@@ -110,6 +112,24 @@ def test_a_table_keeps_the_part_that_is_not_written(monkeypatch, tmp_path):
     tune.write_table("some_op", "nvidia-h200", entries=entries)
     table = json.loads((tmp_path / "some_op" / "nvidia-h200.json").read_text())
     assert (table["kernels"], table["entries"], table["version"]) == (kernels, entries, dispatch.TABLE_VERSION)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_lookups_name_every_size_of_a_tuned_bucket(op, monkeypatch):
+    pytest.importorskip("triton", reason="no launch was recorded: triton is not installed")
+    from inherit_kernels.testing.triton_compile import record
+    from inherit_kernels.tune_kernels import points_of, sizes_of
+
+    looked_up = []
+    choose = triton_launch._config
+    monkeypatch.setattr(triton_launch, "_config", lambda *args: looked_up.append(dict(args[-1])) or choose(*args))
+    case = next(points_of(op)).case
+    record(op, case, torch.bfloat16, training=True)
+    tensors, options = arguments_of(op, make_inputs(op, case, torch.bfloat16, device="meta"), case)
+    sizes = sizes_of(dispatch.problem_of(OPS[op], tensors, options, True))
+    assert looked_up
+    for found in looked_up:
+        assert {letter: found[letter] for letter in sizes} == sizes
 
 
 def test_the_tuner_times_what_fits_the_device_only():

@@ -72,10 +72,10 @@ def operators_in(graph) -> list:
     return [node for node in graph.nodes if getattr(node.target, "namespace", "") == "inherit_kernels"]
 
 
-@pytest.mark.parametrize("op", [op for op, spec in OPS.items() if "triton" in spec.backends])
+@pytest.mark.parametrize("op, backend", [(op, backend) for op, spec in OPS.items() for backend in spec.triton_backends])
 @pytest.mark.parametrize("training", (False, True))
-def test_a_compiler_sees_the_kernels_and_what_they_write(op, training):
-    graph = trace(op, "triton", training)
+def test_a_compiler_sees_the_kernels_and_what_they_write(op, backend, training):
+    graph = trace(op, backend, training)
     kernels = kernels_in(graph)
     assert kernels and not operators_in(graph)
     placeholders = {node for node in graph.nodes if node.op == "placeholder"}
@@ -85,7 +85,7 @@ def test_a_compiler_sees_the_kernels_and_what_they_write(op, training):
         assert not written & placeholders, node
 
 
-@pytest.mark.parametrize("op", [op for op, spec in OPS.items() if "triton" in spec.backends])
+@pytest.mark.parametrize("op", [op for op, spec in OPS.items() if spec.triton_backends])
 def test_an_exported_program_keeps_the_operator(op):
     from torch.export._trace import _disable_custom_triton_op_functional_decomposition as exporting
 

@@ -90,10 +90,11 @@ def tuning_cases() -> list[Case]:
 
 
 def gpu_tuning_cases() -> list[Case]:
-    """The same for a GPU: the layers of residual networks, at batch 32 and 1."""
-    return [
+    """The same for a GPU: the layers of residual networks, the first one included, at batch 32 and 1."""
+    layers = [
         case(f"b{b}_c{c}_{side}x{side}_r{r}_k3", (b,), c, (side, side), c, r, 3, (3, 3), padding=1)
         for b in (32, 1)
         for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))
         for r in (c // 4, c // 2)
     ]
+    return layers + [case(f"b{b}_first", (b,), 3, (224, 224), 64, 32, 3, (7, 7), stride=2, padding=3) for b in (32, 1)]

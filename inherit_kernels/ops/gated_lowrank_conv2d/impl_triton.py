@@ -1,4 +1,7 @@
-"""Triton kernels: the forward in two (three where positions are few), the large products of the backward in five."""
+"""Triton kernels: the forward in two (three where positions are few), the backward in at most ten.
+
+Five of the ten are those of `lowrank_conv2d`; two find the gate and what flows back through it, three sum over samples.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import Tensor
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.conv import Pair
-from inherit_kernels.common.heads import exact_gate_of, softmax_backward
 from inherit_kernels.common.triton_conv_launch import (
     Geometry,
     backward_down,
@@ -26,7 +28,15 @@ from inherit_kernels.common.triton_conv_launch import (
     positions,
     tap_matrix,
 )
-from inherit_kernels.common.triton_launch import Config, ceil_div, launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_launch import (
+    Config,
+    ceil_div,
+    launch,
+    padded_heads,
+    padded_rank,
+    precision,
+    strides,
+)
 from inherit_kernels.registry import Problem
 
 OP = "gated_lowrank_conv2d"
@@ -71,7 +81,7 @@ def forward_saving(
     dilation: Pair,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    g = Geometry(x, down, stride, padding, dilation)
+    g = Geometry(x, down, up, stride, padding, dilation)
     y = empty_image(x, up.shape[1], g.size)
     t = empty_image(x, g.rank, g.size)
     if y.numel() > 0:
@@ -137,7 +147,7 @@ def _forward(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BR=padded_rank(rank),
-        BH=1 << (heads - 1).bit_length(),
+        BH=padded_heads(heads),
         PRECISION=precision(x.dtype),
         **config,
     )
@@ -162,29 +172,98 @@ def backward(
         inputs = (x, down, up, gate_weight, gate_bias, bias)
         return [torch.zeros_like(v) if v is not None and need else None for v, need in zip(inputs, needs, strict=True)]
     need_x, need_down, need_up, need_gate_weight, need_gate_bias, need_bias = needs
-    g = Geometry(x, down, stride, padding, dilation)
+    g = Geometry(x, down, up, stride, padding, dilation)
     dz, t = positions(dz), positions(t)
     parts = backward_up(OP, dz, t, x, g, per_sample=True, with_sums=True)
     products, dz_sums, t_sums = (part.sum(1) if part.shape[1] > 1 else part.squeeze(1) for part in parts)
-    wide = torch.float32  # these contractions are small, and gates rounded to 16 bits would no longer sum to one
-    s = t_sums / g.positions
-    gate = exact_gate_of(s, gate_weight.to(wide), None if gate_bias is None else gate_bias.to(wide))
-    dg = products.flatten(1) @ up.flatten(1).to(wide).t()
-    if bias is not None:
-        dg = dg + dz_sums @ bias.to(wide).t()
-    d_logits = softmax_backward(gate, dg)
-    dx = d_down = None
+    merged, gate, dg = _backward_merge(products, dz_sums, t_sums, up, gate_weight, gate_bias, bias, g)
+    d_logits, ds = _backward_gate(dg, gate, gate_weight, g)
+    dx = d_down = d_up = d_gate_weight = d_gate_bias = d_bias = None
     if need_x or need_down:
-        ds = d_logits @ gate_weight.to(wide) / g.positions
-        merged = (gate.to(up.dtype) @ up.flatten(1)).view(g.batch, *up.shape[1:])
         dt = backward_dt(OP, dz, merged, ds, x, g)
         dx = backward_x(OP, dt, x, tap_matrix(down), g) if need_x else None
         d_down = backward_down(OP, dt, x, down, g) if need_down else None
-    return (
-        dx,
-        d_down,
-        (gate.t() @ products.flatten(1)).view(up.shape).to(up.dtype) if need_up else None,
-        (d_logits.t() @ s).to(up.dtype) if need_gate_weight else None,
-        d_logits.sum(0).to(up.dtype) if need_gate_bias else None,
-        (gate.t() @ dz_sums).to(up.dtype) if need_bias and bias is not None else None,
+    if need_up:
+        d_up = _sum_over_samples(gate, products, 1, up.new_empty(up.shape))
+    if need_bias and bias is not None:
+        d_bias = _sum_over_samples(gate, dz_sums, 1, bias.new_empty(bias.shape))
+    if need_gate_weight or need_gate_bias:
+        d_gate_weight, d_gate_bias = up.new_empty(gate_weight.shape), up.new_empty(g.heads)
+        _sum_over_samples(d_logits, t_sums, g.positions, d_gate_weight, d_gate_bias)
+    return dx, d_down, d_up, d_gate_weight, d_gate_bias if need_gate_bias else None, d_bias
+
+
+def _backward_merge(
+    products: Tensor,
+    dz_sums: Tensor,
+    t_sums: Tensor,
+    up: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    g: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One up projection a sample `[B, N, R]`; its gate `[B, H]` and parts of the gate's gradient `[B, tiles, H]`, float32.
+
+    The gate stays in float32: rounded to 16 bits its entries no longer sum to one.
+    """
+    from inherit_kernels.ops.gated_lowrank_conv2d.kernels_triton import gated_lowrank_conv2d_bwd_merge_kernel
+
+    block = 32
+    n_tiles = ceil_div(g.outputs, block)
+    merged = up.new_empty(g.batch, g.outputs, g.rank)
+    gate = products.new_empty(g.batch, g.heads)
+    dg = products.new_empty(g.batch, n_tiles, g.heads)
+    launch(
+        gated_lowrank_conv2d_bwd_merge_kernel,
+        (g.batch * n_tiles,),
+        *(products, dz_sums, t_sums, up, gate_weight, up if gate_bias is None else gate_bias),
+        *(up if bias is None else bias, merged, gate, dg, g.positions, g.rank, g.outputs, g.heads),
+        *(*strides(up, gate_weight), 0 if gate_bias is None else gate_bias.stride(0)),
+        *((0, 0) if bias is None else bias.stride()),
+        n_tiles,
+        HAS_GATE_BIAS=gate_bias is not None,
+        HAS_BIAS=bias is not None,
+        BN=block,
+        BR=min(padded_rank(g.rank), 64),
+        BH=padded_heads(g.heads),
+        num_warps=4,
     )
+    return merged, gate, dg
+
+
+def _backward_gate(dg: Tensor, gate: Tensor, gate_weight: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+    """The gradients at the gate's logits `[B, H]` and at t, a position `[B, R]`, in float32."""
+    from inherit_kernels.ops.gated_lowrank_conv2d.kernels_triton import gated_lowrank_conv2d_bwd_gate_kernel
+
+    d_logits, ds = (dg.new_empty(g.batch, width) for width in (g.heads, g.rank))
+    launch(
+        gated_lowrank_conv2d_bwd_gate_kernel,
+        (g.batch,),
+        *(dg, gate, gate_weight, d_logits, ds, g.positions, g.rank, g.heads, *gate_weight.stride(), dg.shape[1]),
+        BT=16,
+        BR=64,
+        BH=padded_heads(g.heads),
+        num_warps=4,
+    )
+    return d_logits, ds
+
+
+def _sum_over_samples(
+    scale: Tensor, values: Tensor, divisor: Any, out: Tensor, scale_sums: Tensor | None = None
+) -> Tensor:
+    """out `[H, …]` = Σ_b scale[b] values[b] / divisor; also fills `scale_sums` `[H]` = Σ_b scale[b]."""
+    from inherit_kernels.ops.gated_lowrank_conv2d.kernels_triton import gated_lowrank_conv2d_bwd_sum_kernel
+
+    batch, heads, width = values.shape[0], out.shape[0], out.numel() // out.shape[0]
+    q_tiles = ceil_div(width, 256)
+    launch(
+        gated_lowrank_conv2d_bwd_sum_kernel,
+        (heads * q_tiles,),
+        *(scale, values, out, out if scale_sums is None else scale_sums, batch, width, heads, divisor, q_tiles),
+        HAS_SCALE_SUMS=scale_sums is not None,
+        BB=8,
+        BQ=256,
+        num_warps=4,
+    )
+    return out

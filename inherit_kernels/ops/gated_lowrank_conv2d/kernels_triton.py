@@ -1,4 +1,4 @@
-"""The forward of `gated_lowrank_conv2d` in two kernels; its backward is that of `common/triton_conv.py`."""
+"""The forward of `gated_lowrank_conv2d` in two kernels, and what its backward needs beside `common/triton_conv.py`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,42 @@ def gate_of_sample(
 
 
 @triton.jit
+def merged_up(
+    p_up, p_bias, b_g, o_n, R, N, H, s_uh, s_un, s_ur, s_bh, s_bn,
+    HAS_BIAS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Σ_h g_h up_h `[BN, BR]` and Σ_h g_h bias_h `[BN]` in float32 for the channels o_n."""
+    o_r = tl.arange(0, BR)
+    m_n = o_n < N
+    mask = m_n[:, None] & (o_r < R)[None, :]
+    b_up = tl.zeros((BN, BR), tl.float32)
+    b_bias = tl.zeros((BN,), tl.float32)
+    for head in range(H):
+        b_gh = tl.sum(column(b_g, head, BH), 0)
+        p_ups = p_up + tl.cast(head, tl.int64) * s_uh + o_n[:, None] * s_un + o_r.to(tl.int64)[None, :] * s_ur
+        b_up += b_gh * tl.load(p_ups, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            p_biases = p_bias + tl.cast(head, tl.int64) * s_bh + o_n * s_bn
+            b_bias += b_gh * tl.load(p_biases, mask=m_n, other=0.0).to(tl.float32)
+    return b_up, b_bias
+
+
+@triton.jit
+def store_outputs(
+    b_z, p_residual, p_y, b, o_p, o_n, P, N, s_rb, s_rn, s_rp, s_yb, s_yn, s_yp,
+    ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y = act(z + residual) at the positions o_p and channels o_n of sample b."""
+    mask = (o_p < P)[:, None] & (o_n < N)[None, :]
+    o_p = o_p.to(tl.int64)
+    if HAS_RESIDUAL:
+        p_rs = p_residual + b * s_rb + o_p[:, None] * s_rp + o_n[None, :] * s_rn
+        b_z += tl.load(p_rs, mask=mask, other=0.0).to(tl.float32)
+    p_ys = p_y + b * s_yb + o_p[:, None] * s_yp + o_n[None, :] * s_yn
+    tl.store(p_ys, activate(b_z, ACTIVATION).to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def gated_lowrank_conv2d_fwd_kernel(
     p_t, p_sums, p_up, p_gate_weight, p_gate_bias, p_bias, p_residual, p_y, P, R, N, H, sum_tiles,
     s_uh, s_un, s_ur, s_gh, s_gr, s_gb, s_bh, s_bn, s_rb, s_rn, s_rp, s_tb, s_tr, s_tp, s_yb, s_yn, s_yp,
@@ -76,36 +112,213 @@ def gated_lowrank_conv2d_fwd_kernel(
     o_n = (pid % n_tiles) * BN + tl.arange(0, BN)
     b = pid // n_tiles // shares
     share = (pid // n_tiles - b * shares).to(tl.int32)
-    m_n = o_n < N
     o_r = tl.arange(0, BR)
-    m_r = o_r < R
     b_g = gate_of_sample(
         p_sums, p_gate_weight, p_gate_bias, b, sum_tiles, P, R, H, s_gh, s_gr, s_gb, HAS_GATE_BIAS, BH, 32, 32
     )
-    b_merged = tl.zeros((BN, BR), tl.float32)
-    b_bias = tl.zeros((BN,), tl.float32)
-    for head in range(H):
-        b_gh = tl.sum(column(b_g, head, BH), 0)
-        p_ups = p_up + tl.cast(head, tl.int64) * s_uh + o_n[:, None] * s_un + o_r.to(tl.int64)[None, :] * s_ur
-        b_merged += b_gh * tl.load(p_ups, mask=m_n[:, None] & m_r[None, :], other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            p_biases = p_bias + tl.cast(head, tl.int64) * s_bh + o_n * s_bn
-            b_bias += b_gh * tl.load(p_biases, mask=m_n, other=0.0).to(tl.float32)
+    b_merged, b_bias = merged_up(
+        p_up, p_bias, b_g, o_n, R, N, H, s_uh, s_un, s_ur, s_bh, s_bn, HAS_BIAS, BN, BR, BH
+    )  # fmt: skip
     b_up = tl.trans(b_merged.to(p_t.dtype.element_ty))  # [BR, BN], rounded once
 
     begin = share * (TILES * BM)
     for p in range(begin, tl.minimum(begin + TILES * BM, P), BM):
         o_p = p + tl.arange(0, BM)
-        m_p = o_p < P
-        o_p = o_p.to(tl.int64)
-        p_ts = p_t + b * s_tb + o_p[:, None] * s_tp + o_r.to(tl.int64)[None, :] * s_tr
-        b_t = tl.load(p_ts, mask=m_p[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
-        b_z = tl.dot(b_t, b_up, input_precision=PRECISION)
-        if HAS_BIAS:
-            b_z += b_bias[None, :]
-        m_out = m_p[:, None] & m_n[None, :]
-        if HAS_RESIDUAL:
-            p_rs = p_residual + b * s_rb + o_p[:, None] * s_rp + o_n[None, :] * s_rn
-            b_z += tl.load(p_rs, mask=m_out, other=0.0).to(tl.float32)
-        p_ys = p_y + b * s_yb + o_p[:, None] * s_yp + o_n[None, :] * s_yn
-        tl.store(p_ys, activate(b_z, ACTIVATION).to(p_y.dtype.element_ty), mask=m_out)
+        p_ts = p_t + b * s_tb + o_p.to(tl.int64)[:, None] * s_tp + o_r.to(tl.int64)[None, :] * s_tr
+        b_t = tl.load(p_ts, mask=(o_p < P)[:, None] & (o_r < R)[None, :], other=0.0)  # [BM, BR]
+        b_z = tl.dot(b_t, b_up, input_precision=PRECISION) + b_bias[None, :]
+        store_outputs(
+            b_z, p_residual, p_y, b, o_p, o_n, P, N, s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, ACTIVATION, HAS_RESIDUAL
+        )
+
+
+# --- forward, gate first -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gated_lowrank_conv2d_windows_kernel(
+    p_x, p_sums, C, Hi, Wi, Ho, Wo, s_h, s_w, pad_h, pad_w, dil_h, dil_w, s_xb, s_xc, s_xh, s_xw, c_tiles, splits, share,
+    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of x over the positions that each tap visits, `[B, splits, taps, C]`; a split takes `share` tiles of BP.
+
+    A product with the matrix of ones where a tap visits a position. x is read once, unvisited positions never.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    o_c = (pid % c_tiles) * BC + tl.arange(0, BC)
+    part = pid // c_tiles
+    b = part // splits
+    m_c = o_c < C
+    o_tap = tl.arange(0, BT)
+    o_top = ((o_tap // KW) * dil_h - pad_h)[:, None]
+    o_left = ((o_tap % KW) * dil_w - pad_w)[:, None]
+    m_tap = (o_tap < KH * KW)[:, None]
+    count = tl.cast(Hi, tl.int64) * Wi
+    begin = (part - b * splits) * share
+    b_sums = tl.zeros((BT, BC), tl.float32)
+    for tile in range(begin, tl.minimum(begin + share, tl.cdiv(count, BP))):
+        o_p = tile * BP + tl.arange(0, BP)
+        o_y = o_p // Wi
+        o_x = o_p - o_y * Wi
+        y = o_y.to(tl.int32)[None, :] - o_top  # of the window's first tap, [BT, BP]
+        x = o_x.to(tl.int32)[None, :] - o_left
+        m_visit = m_tap & (o_p < count)[None, :] & (y >= 0) & (y < Ho * s_h) & (x >= 0) & (x < Wo * s_w)
+        b_visit = tl.where(m_visit & (y % s_h == 0) & (x % s_w == 0), 1.0, 0.0)
+        m_p = tl.max(b_visit, 0) > 0
+        p_xs = p_x + (b * s_xb + o_y * s_xh + o_x * s_xw)[:, None] + o_c[None, :] * s_xc
+        b_x = tl.load(p_xs, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [BP, BC]
+        b_sums = tl.dot(b_visit.to(b_x.dtype), b_x, b_sums, input_precision=PRECISION)
+    o_rows = part * (KH * KW) + o_tap
+    tl.store(p_sums + o_rows[:, None] * C + o_c[None, :], b_sums, mask=m_tap & m_c[None, :])
+
+
+@triton.jit
+def gated_lowrank_conv2d_features_kernel(
+    p_windows, p_down, p_sums, K, R, splits, s_dr, s_dk, rank_tiles, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Sums of t over one sample `[B, R]` = down·(the sums of x over the windows of its taps)."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // rank_tiles
+    o_r = (pid - b * rank_tiles) * BR + tl.arange(0, BR)
+    o_k = tl.arange(0, BK)
+    m_r = o_r < R
+    b_products = tl.zeros((BR, BK), tl.float32)
+    for k in range(0, K, BK):
+        m_k = o_k < K - k
+        b_windows = tl.zeros((BK,), tl.float32)
+        for split in range(splits):
+            b_windows += tl.load(p_windows + (b * splits + split) * K + k + o_k, mask=m_k, other=0.0)
+        p_downs = p_down + o_r[:, None] * s_dr + (k + o_k).to(tl.int64)[None, :] * s_dk
+        b_down = tl.load(p_downs, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
+        b_products += b_down.to(tl.float32) * b_windows[None, :]
+    tl.store(p_sums + b * R + o_r, tl.sum(b_products, 1), mask=m_r)
+
+
+@triton.jit
+def gated_lowrank_conv2d_single_pass_kernel(
+    p_x, p_down, p_sums, p_up, p_gate_weight, p_gate_bias, p_bias, p_residual, p_y,
+    P, Wo, R, C, N, H, Hi, Wi, s_h, s_w, pad_h, pad_w, dil_h, dil_w,
+    s_xb, s_xc, s_xh, s_xw, s_dr, s_dk, s_uh, s_un, s_ur, s_gh, s_gr, s_gb, s_bh, s_bn,
+    s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, tiles,
+    ACTIVATION: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM positions of one sample whose sums of t `[B, R]` are known: t stays on chip, up is merged as it is read."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tiles
+    o_p = (pid - b * tiles).to(tl.int32) * BM + tl.arange(0, BM)
+    o_rows, o_y, o_x = window_rows(b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
+    b_t = conv_tile(
+        p_x, o_rows, o_y, o_x, o_p < P, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
+        0, KH * KW * tl.cdiv(C, BK), KW, BM, BR, BK, PRECISION,
+    )  # fmt: skip
+    b_t = b_t.to(p_x.dtype.element_ty)
+    b_g = gate_of_sample(p_sums, p_gate_weight, p_gate_bias, b, 1, P, R, H, s_gh, s_gr, s_gb, HAS_GATE_BIAS, BH, 1, 32)
+    for n in range(0, N, BN):
+        o_n = n + tl.arange(0, BN).to(tl.int64)
+        b_up, b_bias = merged_up(
+            p_up, p_bias, b_g, o_n, R, N, H, s_uh, s_un, s_ur, s_bh, s_bn, HAS_BIAS, BN, BR, BH
+        )  # fmt: skip
+        b_z = tl.dot(b_t, tl.trans(b_up.to(b_t.dtype)), input_precision=PRECISION) + b_bias[None, :]
+        store_outputs(
+            b_z, p_residual, p_y, b, o_p, o_n, P, N, s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, ACTIVATION, HAS_RESIDUAL
+        )
+
+
+# --- backward: the gate's share ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gated_lowrank_conv2d_bwd_merge_kernel(
+    p_products, p_dz_sums, p_t_sums, p_up, p_gate_weight, p_gate_bias, p_bias, p_merged, p_gate, p_dg,
+    P, R, N, H, s_uh, s_un, s_ur, s_gh, s_gr, s_gb, s_bh, s_bn, n_tiles,
+    HAS_GATE_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """For BN channels of one sample: the merged up projection `[B, N, R]` and parts `[B, n_tiles, H]` of the gate's gradient.
+
+    dg_h = Σ products ⊙ up_h + dz_sums·bias_h, with products `[B, N, R]` and dz_sums `[B, N]` the sums over positions of
+    dz·t and dz. Also stores the gate `[B, H]`, which follows from the sums of t `[B, R]`.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // n_tiles
+    o_n = (pid - b * n_tiles) * BN + tl.arange(0, BN)
+    o_h = tl.arange(0, BH)
+    m_n = o_n < N
+    b_g = gate_of_sample(
+        p_t_sums, p_gate_weight, p_gate_bias, b, 1, P, R, H, s_gh, s_gr, s_gb, HAS_GATE_BIAS, BH, 1, 32
+    )
+    b_dg = tl.zeros((BH,), tl.float32)
+    for r in range(0, R, BR):
+        o_r = r + tl.arange(0, BR)
+        mask = m_n[:, None] & (o_r < R)[None, :]
+        o_products = (b * N + o_n)[:, None] * R + o_r[None, :]
+        b_products = tl.load(p_products + o_products, mask=mask, other=0.0)  # [BN, BR]
+        b_merged = tl.zeros((BN, BR), tl.float32)
+        for head in range(H):
+            p_ups = p_up + tl.cast(head, tl.int64) * s_uh + o_n[:, None] * s_un + o_r.to(tl.int64)[None, :] * s_ur
+            b_up = tl.load(p_ups, mask=mask, other=0.0).to(tl.float32)
+            b_merged += tl.sum(column(b_g, head, BH), 0) * b_up
+            b_dg += tl.where(o_h == head, tl.sum(b_products * b_up), 0.0)
+        tl.store(p_merged + o_products, b_merged.to(p_merged.dtype.element_ty), mask=mask)
+    if HAS_BIAS:
+        b_dz_sum = tl.load(p_dz_sums + b * N + o_n, mask=m_n, other=0.0)
+        p_biases = p_bias + o_h.to(tl.int64)[:, None] * s_bh + o_n[None, :] * s_bn
+        b_bias = tl.load(p_biases, mask=(o_h < H)[:, None] & m_n[None, :], other=0.0).to(tl.float32)  # [BH, BN]
+        b_dg += tl.sum(b_bias * b_dz_sum[None, :], 1)
+    tl.store(p_dg + pid * H + o_h, b_dg, mask=o_h < H)
+    if pid == b * n_tiles:
+        tl.store(p_gate + b * H + o_h, tl.sum(b_g, 0), mask=o_h < H)
+
+
+@triton.jit
+def gated_lowrank_conv2d_bwd_gate_kernel(
+    p_dg, p_gate, p_gate_weight, p_d_logits, p_ds, P, R, H, s_gh, s_gr, n_tiles,
+    BT: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Through softmax and mean of one sample: the gradients at the logits `[B, H]` and, a position, at t `[B, R]`."""
+    b = tl.program_id(0).to(tl.int64)
+    o_h = tl.arange(0, BH)
+    o_t = tl.arange(0, BT)
+    m_h = o_h < H
+    b_dg = tl.zeros((BH,), tl.float32)
+    for tile in range(0, n_tiles, BT):
+        p_parts = p_dg + (b * n_tiles + tile + o_t)[:, None] * H + o_h[None, :]
+        b_dg += tl.sum(tl.load(p_parts, mask=(o_t < n_tiles - tile)[:, None] & m_h[None, :], other=0.0), 0)
+    b_g = tl.load(p_gate + b * H + o_h, mask=m_h, other=0.0)
+    b_d_logits = b_g * (b_dg - tl.sum(b_g * b_dg, 0))
+    tl.store(p_d_logits + b * H + o_h, b_d_logits, mask=m_h)
+    for r in range(0, R, BR):
+        o_r = r + tl.arange(0, BR)
+        m_r = o_r < R
+        p_weights = p_gate_weight + o_h.to(tl.int64)[:, None] * s_gh + o_r[None, :] * s_gr
+        b_weight = tl.load(p_weights, mask=m_h[:, None] & m_r[None, :], other=0.0).to(tl.float32)  # [BH, BR]
+        tl.store(p_ds + b * R + o_r, tl.sum(b_weight * b_d_logits[:, None], 0) / P, mask=m_r)
+
+
+@triton.jit
+def gated_lowrank_conv2d_bwd_sum_kernel(
+    p_scale, p_values, p_out, p_scale_sums, B, Q, H, divisor, q_tiles,
+    HAS_SCALE_SUMS: tl.constexpr, BB: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """out[h] `[Q]` = Σ_b scale[b, h] values[b] / divisor; and Σ_b scale[b, h]: the gradients that all samples share."""
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid // q_tiles
+    q_tile = pid - head * q_tiles
+    o_q = q_tile * BQ + tl.arange(0, BQ)
+    o_b = tl.arange(0, BB)
+    m_q = o_q < Q
+    b_sum = tl.zeros((BQ,), tl.float32)
+    b_scale_sum = tl.zeros((), tl.float32)
+    for b in range(0, B, BB):
+        m_b = o_b < B - b
+        o_rows = (b + o_b).to(tl.int64)
+        b_scale = tl.load(p_scale + o_rows * H + head, mask=m_b, other=0.0)
+        mask = m_b[:, None] & m_q[None, :]
+        b_values = tl.load(p_values + o_rows[:, None] * Q + o_q[None, :], mask=mask, other=0.0)  # [BB, BQ]
+        b_sum += tl.sum(b_scale[:, None] * b_values, 0)
+        b_scale_sum += tl.sum(b_scale, 0)
+    tl.store(p_out + head * Q + o_q, (b_sum / divisor).to(p_out.dtype.element_ty), mask=m_q)
+    if HAS_SCALE_SUMS:  # noqa: SIM102 - decided while compiling, unlike the next
+        if q_tile == 0:
+            tl.store(p_scale_sums + head, b_scale_sum.to(p_scale_sums.dtype.element_ty))

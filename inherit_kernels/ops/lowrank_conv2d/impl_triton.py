@@ -76,7 +76,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     from inherit_kernels.ops.lowrank_conv2d.kernels_triton import lowrank_conv2d_fwd_kernel
 
-    g = Geometry(x, down, stride, padding, dilation)
+    g = Geometry(x, down, up, stride, padding, dilation)
     y = empty_image(x, up.shape[0], g.size)
     t = empty_image(x, g.rank, g.size) if save else None
     if y.numel() == 0:
@@ -125,7 +125,7 @@ def backward(
         inputs = (x, down, up, bias)
         return [torch.zeros_like(v) if v is not None and need else None for v, need in zip(inputs, needs, strict=True)]
     need_x, need_down, need_up, need_bias = needs
-    g = Geometry(x, down, stride, padding, dilation)
+    g = Geometry(x, down, up, stride, padding, dilation)
     dz, t = positions(dz), positions(t)
     dx = d_down = d_up = d_bias = None
     if need_x or need_down:
