@@ -25,7 +25,7 @@ test-python: $(READY)
 # after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test-kernels: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "triton and double_backward and lowrank_linear"
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_native.py
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
@@ -33,7 +33,7 @@ test-kernels: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m "not gpu" --fuzz 5000 --fuzz-random --ignore tests/benchmarks
 	$(BIN)/python -m pytest -m "not gpu" tests/benchmarks
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k triton
 
 bench: $(READY)

@@ -5,7 +5,7 @@
 #
 # check   pytest -m gpu, then compute-sanitizer's memcheck and racecheck on the CUDA C++ kernels
 # sweep   the figures: python -m benchmarks.gpu.run; --part 1/3 … 3/3 split it, --op, --only REGIME choose, --resume goes on
-# tune    the dispatch tables: python -m inherit_kernels.tune --device cuda
+# tune    configurations and dispatch tables: python -m inherit_kernels.tune --device cuda; names of ops choose
 # all     check in at most a third of the time, the sweep's most important cases in the rest
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<device>/ (logs: build/gpu/). --rehearse runs the same on a CPU
@@ -119,7 +119,7 @@ tune() { # seconds
   local before code
   [ -n "$rehearse" ] && echo "tune: not rehearsed: it would write tables of this CPU" && return
   before=$(mktemp)
-  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda "${rest[@]}"
+  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda --minutes "$("$PYTHON" -c "print(($1 - 25) / 60)")" "${rest[@]}"
   code=$?
   [ $code -eq 0 ] || { failed=1 && echo "tune: exit $code"; }
   if [ -n "${OUT:-}" ]; then

@@ -120,6 +120,22 @@ def write_table(op: str, slug: str, **tables: Any) -> None:
     os.replace(aside, path)
 
 
+def entries_of(op: str, slug: str) -> list[dict[str, Any]]:
+    """The entries that a table holds."""
+    path = table_path(op, slug)
+    return json.loads(path.read_text()).get("entries", []) if path.exists() else []
+
+
+def replaced(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`new`, and those of `old` that are about something else: a run that ended early loses nothing measured before."""
+
+    def subject(item: dict[str, Any]) -> str:
+        return json.dumps({k: v for k, v in item.items() if k not in ("config", "microseconds")}, sort_keys=True)
+
+    known = {subject(item) for item in new}
+    return new + [item for item in old if subject(item) not in known]
+
+
 def _as_text(head: dict[str, Any], parts: dict[str, Any]) -> str:
     def lines(entries: list[Any]) -> str:
         return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]"
@@ -171,16 +187,22 @@ def tune_dispatch(op: str, device: str, seconds: float, rows: int | None, end: f
         for case in (module.gpu_tuning_cases() if device == "cuda" else module.tuning_cases())
         if dtype == torch.float32 or rows is None or case.shapes["x"][0] <= rows
     ]
-    found, skipped = [], 0
-    for point in track(grid, description=op):
-        if time.monotonic() > end:
-            skipped += 1
-        elif entry := measure(op, *point, seconds, device):
-            found.append(entry)
+    found: list[dict[str, Any]] = []
+    skipped = len(grid)
+    try:
+        for point in track(grid, description=op):
+            if time.monotonic() > end:
+                break
+            if entry := measure(op, *point, seconds, device):
+                found.append(entry)
+            skipped -= 1
+    finally:
+        if found:
+            write_table(op, slug, entries=replaced(entries_of(op, slug), found) if skipped else found)
     if not found:
-        print(f"{op}: only one backend can serve here, so there is nothing to choose")
+        why = "no time was left" if skipped else "only one backend can serve here, so there is nothing to choose"
+        print(f"{op}: {why}")
         return
-    write_table(op, slug, entries=found)
     wins = [min(entry["microseconds"], key=entry["microseconds"].get) for entry in found]
     counts = ", ".join(f"{name} fastest {wins.count(name)}" for name in sorted(set(wins)))
     left = f", {skipped} cases left out for lack of time" if skipped else ""

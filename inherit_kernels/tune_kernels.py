@@ -18,7 +18,7 @@ from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.gpu_timing import time_on_gpu
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch, record
-from inherit_kernels.tune import LAYOUTS, call_of, write_table
+from inherit_kernels.tune import LAYOUTS, call_of, replaced, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
 
@@ -48,6 +48,7 @@ def tune_kernels(op: str, end: float) -> None:
 
     slug = device_slug(torch.device("cuda"))
     points = list(points_of(op))
+    known = dict(kernel_tables(op, slug))
     found: dict[str, list[dict[str, Any]]] = {}
     major, minor = torch.cuda.get_device_capability()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -59,7 +60,8 @@ def tune_kernels(op: str, end: float) -> None:
             bucket = _fastest(point._replace(candidates=future.result()))
             if bucket:
                 found.setdefault(point.kernel, []).append(bucket)
-                write_table(op, slug, kernels=found)
+                known[point.kernel] = replaced(known.get(point.kernel, []), found[point.kernel])
+                write_table(op, slug, kernels=known)
         pool.shutdown(cancel_futures=True)
     kernel_tables.cache_clear()
     measured = sum(map(len, found.values()))

@@ -146,7 +146,7 @@ def weight_gradient_kernel(
     tile_p = rest % tiles_p
     split = rest // tiles_p
 
-    share = tl.cdiv(tl.cdiv(M, BM), SPLIT_M).to(tl.int64) * BM  # of the rows
+    share = widen(tl.cdiv(tl.cdiv(M, BM), SPLIT_M)) * BM  # of the rows
     first = split * share
     depth = tl.minimum(M - first, share).to(tl.int32)
     o_p, o_q, o_m = tl.arange(0, BP), tl.arange(0, BQ), tl.arange(0, BM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ def time_on_gpu(candidates: dict[str, Callable[[], object]], *, rounds: int = 11
         candidates: name -> a call without arguments that enqueues work on the current CUDA device.
         rounds: how many samples each gets, in turn: A B C A B C ….
     """
-    replays = {name: replay for name, call in candidates.items() if (replay := _capture(call)) is not None}
+    pool = torch.cuda.graph_pool_handle()  # one: values do not matter, and each graph's own would soon fill the memory
+    replays = {name: replay for name, call in candidates.items() if (replay := _capture(call, pool)) is not None}
     samples: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
         for name, (graph, repeats) in replays.items():
@@ -27,7 +29,7 @@ def time_on_gpu(candidates: dict[str, Callable[[], object]], *, rounds: int = 11
     return {name: _percentiles(values) for name, values in samples.items()}
 
 
-def _capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int] | None:
+def _capture(call: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGraph, int] | None:
     """A graph that repeats the call, and how often; None where the call fails."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -39,11 +41,13 @@ def _capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int] | N
         once = min(_elapsed(call) for _ in range(3))
         repeats = max(1, min(MOST_REPEATS, int(REPLAY / max(once, 1.0)) + 1))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             for _ in range(repeats):
                 call()
-    except RuntimeError as problem:  # too little shared memory or registers for a configuration, or out of memory
-        print(f"left out: {str(problem).splitlines()[0]}")
+    except (
+        Exception
+    ) as problem:  # too little shared memory for a configuration, say: Triton's errors share no other base
+        print(f"left out: {str(problem).splitlines()[:1]}")
         return None
     return graph, repeats
 

@@ -60,8 +60,9 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(index,)] = constant
-        if attribute:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        attributes[(index,)] = (
+            [["tt.divisibility", 16]] if attribute else []
+        )  # [] too: part of the key in Triton's cache
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]

@@ -2,23 +2,30 @@
 
 Seen failing: the farthest bucket taken for the nearest, the device's table ignored, a warning at every call, a table
 written without the part that it had, a configuration too large for the device left among the candidates, a lookup without
-the letters that the tuner writes (every bucket was then as near as the first).
+the letters that the tuner writes (every bucket was then as near as the first), a tuner that keeps only what its last run
+measured, that compiles what no call finds in the cache, that times another configuration than it names; a weight gradient
+of one row.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from inherit_kernels import dispatch, tune
+from inherit_kernels.common import triton_conv_launch as conv_launch
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.triton_launch import config_for, declines, forced_configs, padded_rank
 from inherit_kernels.registry import OPS, Problem
-from inherit_kernels.testing.cases import arguments_of, make_inputs
+from inherit_kernels.testing.cases import Case, arguments_of, cases_of, make_inputs
+from inherit_kernels.testing.timing import Timing
 
 CUDA = torch.device("cuda")
 
@@ -114,6 +121,35 @@ def test_a_table_keeps_the_part_that_is_not_written(monkeypatch, tmp_path):
     assert (table["kernels"], table["entries"], table["version"]) == (kernels, entries, dispatch.TABLE_VERSION)
 
 
+def test_a_run_that_ends_early_loses_nothing_measured_before(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "table_path", lambda op, slug: tmp_path / op / f"{slug}.json")
+    measured = iter(range(100))
+    monkeypatch.setattr(
+        tune,
+        "measure",
+        lambda op, case, dtype, training, *_: {
+            "dtype": str(dtype),
+            "training": training,
+            "sizes": {"M": int(case.shapes["x"][0])},
+            "microseconds": {"triton": next(measured)},
+        },
+    )
+    cases = tune.import_module("inherit_kernels.ops.lowrank_linear.cases")
+    monkeypatch.setattr(cases, "tuning_cases", lambda: [cases.case(str(m), (m,), 8, 8, 2) for m in (1, 2, 3)])
+
+    def run(end, stop_after=None):
+        calls = iter(range(99))
+        clock = (lambda: next(calls)) if stop_after is None else lambda: 0 if next(calls) < stop_after else 9
+        monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=clock))
+        tune.tune_dispatch("lowrank_linear", "cpu", 0.0, None, end)
+        return [entry["microseconds"]["triton"] for entry in tune.entries_of("lowrank_linear", slug)]
+
+    slug = dispatch.device_slug(torch.device("cpu"))
+    assert run(1e9) == list(range(12))
+    assert run(5, stop_after=2) == [12, 13, *range(2, 12)]
+    assert run(1e9) == list(range(14, 26))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_lookups_name_every_size_of_a_tuned_bucket(op, monkeypatch):
     pytest.importorskip("triton", reason="no launch was recorded: triton is not installed")
@@ -145,3 +181,156 @@ def test_the_tuner_times_what_fits_the_device_only():
     good = point.candidates[0]
     huge = {**good, "BM": 256, "BN": 256, "BK": 128, "num_stages": 5}
     assert fitting_candidates(point._replace(candidates=[good, huge]), 90) == [good]
+
+
+def test_the_tuner_compiles_in_its_pool_and_writes_as_it_goes(monkeypatch, tmp_path):
+    """All of it but the timing: two buckets, the second of which the time does not allow."""
+    pytest.importorskip("triton", reason="no configuration was compiled: triton is not installed")
+    if triton_launch.interpreting():
+        pytest.skip("no configuration was compiled: the interpreter compiles nothing")
+    from inherit_kernels import tune_kernels
+
+    first, second = itertools.islice(tune_kernels.points_of("lowrank_conv2d"), 2)
+    huge = {**first.candidates[0], "BM": 512, "BN": 256}
+    points = [first._replace(candidates=[first.candidates[0], huge]), second._replace(candidates=second.candidates[:1])]
+    timed, now = [], [0.0]
+
+    def fastest(point):
+        timed.append(point.candidates)
+        now.append(2.0)
+        return {"bits": 16, "BR": 16, "P": 49, "config": point.candidates[0], "microseconds": 1.0}
+
+    before = {"bits": 16, "BR": 16, "P": 196, "config": huge, "microseconds": 2.0}
+    path = tmp_path / "lowrank_conv2d" / "some-gpu.json"
+    monkeypatch.setattr(tune, "table_path", lambda op, slug: path)
+    monkeypatch.setattr(tune_kernels, "kernel_tables", _with_cache_clear(lambda op, slug: {"forward": [before]}))
+    monkeypatch.setattr(tune_kernels, "device_slug", lambda device: "some-gpu")
+    monkeypatch.setattr(tune_kernels, "points_of", lambda op: points)
+    monkeypatch.setattr(tune_kernels, "_fastest", fastest)
+    monkeypatch.setattr(tune_kernels, "time", SimpleNamespace(monotonic=lambda: now[-1]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    tune_kernels.tune_kernels("lowrank_conv2d", end=1.0)
+    assert timed == [[first.candidates[0]]]
+    buckets = json.loads(path.read_text())["kernels"]["forward"]
+    assert [bucket["P"] for bucket in buckets] == [49, 196]
+
+
+def _with_cache_clear(function):
+    function.cache_clear = lambda: None
+    return function
+
+
+@pytest.mark.parametrize("kernel", ("single_pass", "backward_up"))
+def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
+    """Each candidate is really in force while it is timed; timing is by this stand-in, the kernels are interpreted."""
+    if not triton_launch.interpreting():
+        pytest.skip("kernels not run: they need TRITON_INTERPRET=1 or a GPU")
+    from inherit_kernels import tune_kernels
+
+    op, used = "gated_lowrank_conv2d", []
+    point = next(p for p in tune_kernels.points_of(op) if p.kernel == kernel)
+    case = next(case for case in cases_of(op) if case.name == "three_by_three")
+    point = point._replace(case=case, candidates=point.candidates[:3])
+
+    def time_on_gpu(candidates):
+        for call in candidates.values():
+            call()
+        medians = {"0": 3.0, "2": 1.0}  # the second failed
+        return {name: Timing(value, value, value) for name, value in medians.items()}
+
+    configure = triton_launch.config_for
+    monkeypatch.setattr(
+        conv_launch, "config_for", lambda op, name, *a: used.append((name, configure(op, name, *a))) or used[-1][1]
+    )
+    monkeypatch.setattr(tune_kernels, "time_on_gpu", time_on_gpu)
+    monkeypatch.setattr(tune_kernels, "make_inputs", lambda *a, device, **more: make_inputs(*a, **more))
+    bucket = tune_kernels._fastest(point)
+    assert bucket["config"] == point.candidates[2] and bucket["microseconds"] == 1.0
+    assert {"bits", "BR", "B", "C", "T", "P", "N", "H"} <= set(bucket)
+    in_force = [config for name, config in used if name == kernel]
+    assert all(config in in_force for config in point.candidates)
+
+
+# --- what is compiled --------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """In place of Triton's, for an H100 that is not there."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+class Aligned:
+    """What the just-in-time compiler looks at in a tensor."""
+
+    def __init__(self, tensor):
+        self.dtype = tensor.dtype
+
+    def data_ptr(self):
+        return 0
+
+    def ptr_range(self):
+        return 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_was_compiled_ahead_is_what_a_call_finds_in_the_cache(op, monkeypatch, tmp_path):
+    """Else a tuner compiles everything twice, the second time one after another."""
+    triton = pytest.importorskip("triton", reason="nothing was compiled: triton is not installed")
+    if triton_launch.interpreting():
+        pytest.skip("nothing was compiled: the interpreter compiles nothing")
+    from inherit_kernels.testing.triton_compile import compile_launch, record
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(), raising=False)
+    for launch in record(op, sized(op), torch.bfloat16)[-1:]:
+        compile_launch(launch, 90)
+        compiled = set(tmp_path.iterdir())
+        arguments = [Aligned(a) if isinstance(a, torch.Tensor) else a for a in launch.args]
+        launch.kernel.run(*arguments, grid=launch.grid, warmup=True, **launch.keywords)
+        assert compiled
+        assert set(tmp_path.iterdir()) == compiled, launch.kernel.__name__
+
+
+def sized(op: str, **sizes: int) -> Case:
+    """A case whose sizes are no multiples of 16 but a few, with these of them changed."""
+    case = import_module(f"inherit_kernels.ops.{op}.cases").case
+    s = {"M": 40, "K": 48, "N": 80, "R": 17, "H": 3, "B": 3, "C": 16, "P": 6, "T": 3} | sizes
+    heads = (s["H"],) if op.startswith("gated") else ()
+    if op.endswith("linear"):
+        return case("sized", (s["M"],), s["K"], s["N"], s["R"], *heads, residual=True)
+    window, side = (s["T"], s["T"]), (s["P"], s["P"])
+    return case("sized", (s["B"],), s["C"], side, s["N"], s["R"], *heads, window, padding=s["T"] // 2, residual=True)
+
+
+def sizes_of_one() -> list:
+    """op × the letter that is one; those that once failed are not marked slow."""
+    letters = {op: "MKNR" if op.endswith("linear") else "BCPTNR" for op in OPS}
+    return [
+        pytest.param(op, letter, marks=() if (op, letter) == ("lowrank_linear", "M") else pytest.mark.slow)
+        for op in OPS
+        for letter in letters[op] + ("H" if op.startswith("gated") else "")
+    ]
+
+
+@pytest.mark.parametrize("op, letter", sizes_of_one())
+def test_a_size_of_one_compiles(op, letter):
+    """Triton makes it a constant, on which tensors' methods fail: the interpreter never does."""
+    pytest.importorskip("triton", reason="nothing was compiled: triton is not installed")
+    if triton_launch.interpreting():
+        pytest.skip("nothing was compiled: the interpreter compiles nothing")
+    from inherit_kernels.testing.triton_compile import compile_launch, record
+
+    for backend in OPS[op].triton_backends:
+        for training in (False, True):
+            for launch in record(op, sized(op, **{letter: 1}), torch.bfloat16, training, backend_name=backend):
+                assert compile_launch(launch, 90).registers > 0
