@@ -347,7 +347,7 @@ for seed in {seeds!r}:
 """
 
 
-@pytest.mark.parametrize("which", ["linear", "conv"])
+@pytest.mark.parametrize("which", [pytest.param("linear", marks=pytest.mark.slow), "conv"])
 def test_the_sanitizer_finds_no_race(which):
     module = build.build("clusters", SOURCES, sanitize=True)
     done = build.run_sanitized(module, SANITIZED.format(seeds=[4], which=which))

@@ -560,7 +560,9 @@ def test_a_wrong_instruction_set_is_an_error_that_names_the_choices():
 
 
 @pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
-@pytest.mark.parametrize("level", ("generic", "avx2", "avx512", "emulated avx512_bf16"))
+@pytest.mark.parametrize(
+    "level", (pytest.param("generic", marks=pytest.mark.slow), "avx2", "avx512", "emulated avx512_bf16")
+)
 def test_under_sanitizers(level, tmp_path):
     """Also the tile shapes and pair products of avx512_bf16 on any machine: the compiler splits the vectors."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))

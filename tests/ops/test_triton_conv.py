@@ -116,7 +116,7 @@ def test_geometries(op, size, kernel, options):
 
 
 @interpreted
-@pytest.mark.parametrize("heads", (1, 5, 40))
+@pytest.mark.parametrize("heads", (1, 5, pytest.param(40, marks=pytest.mark.slow)))
 def test_heads(heads):
     case = gated_case("heads", (2,), 4, (3, 6), 18, 34, heads, (1, 1), activation="silu")
     check("gated_lowrank_conv2d", case, torch.float32, "channels_last", tiles=1)
@@ -130,9 +130,10 @@ def test_the_shares_of_a_long_image_add_up():
 
 
 @interpreted
-def test_the_shares_of_samples_and_channels_add_up():
-    """9 samples and 17 tiles of channels: gradients come in blocks of 8 samples, the gate's in blocks of 16 tiles."""
-    case = gated_case("wide", (9,), 2, (1, 2), 17 * 32, 3, 2, (1, 1))
+@pytest.mark.parametrize("batch, channels", ((9, 4), (1, 17 * 32)))
+def test_the_shares_of_samples_and_channels_add_up(batch, channels):
+    """Gradients come in blocks of 8 samples, the gate's in blocks of 16 tiles of 32 channels."""
+    case = gated_case("wide", (batch,), 2, (1, 2), channels, 3, 2, (1, 1))
     with poisoned_memory():  # the shipped blocks: the smallest take 30 s
         check_accuracy("gated_lowrank_conv2d", case, "triton", torch.float32, layout="channels_last")
 

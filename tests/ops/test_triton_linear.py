@@ -92,7 +92,7 @@ def test_activations_end_the_kernel(op, activation):
 
 
 @interpreted
-@pytest.mark.parametrize("rank", (1, 17, 100, 255, 512))
+@pytest.mark.parametrize("rank", (1, 17, 100, 255, pytest.param(512, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("op", BOTH)
 def test_ranks(op, rank):
     dtype = torch.float32 if rank % 2 else torch.bfloat16

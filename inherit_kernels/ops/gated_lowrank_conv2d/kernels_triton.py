@@ -1,4 +1,5 @@
-"""The forward of `gated_lowrank_conv2d` in two kernels, and what its backward needs beside `common/triton_conv.py`."""
+"""The kernels of `gated_lowrank_conv2d`: the forward in two, or in three with the gate first; what its backward needs
+beside `common/triton_conv.py`."""
 
 from __future__ import annotations
 
