@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,8 +20,6 @@ from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 
 #: Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,16 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    parameters = launch.kernel.params
-    values = dict(zip([parameter.name for parameter in parameters], launch.args, strict=False))
-    options = {name: launch.keywords[name] for name in _OPTIONS if name in launch.keywords}
-    values |= {name: value for name, value in launch.keywords.items() if name not in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(parameters):
-        kind, constant, attribute = _specialise(values[parameter.name], parameter)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = constant
-        attributes[(index,)] = (
-            [["tt.divisibility", 16]] if attribute else []
-        )  # [] too: part of the key in Triton's cache
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    # What a call does, by the just-in-time compiler's own functions: the result lies in its cache, where a call finds it.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialised, rest = bind(*launch.args, **launch.keywords)
+    options, *described = kernel._pack_args(backend, launch.keywords, bound, specialised, rest)
+    compiled = triton.compile(ASTSource(kernel, *described), target=target, options=options.__dict__)
     ptx = compiled.asm["ptx"]
     registers, stack = _usage(compiled.asm["cubin"])
     return Resources(
@@ -78,22 +68,6 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         loads16=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg", ptx)),
         loads=len(re.findall(r"\bld\.global|cp\.async\.c[ag]", ptx)),
     )
-
-
-def _specialise(value: Any, parameter: Any) -> tuple[str, Any, bool]:
-    """Type, constant and divisibility by 16 that the just-in-time compiler gives an argument."""
-    if parameter.is_constexpr or value is None:
-        return "constexpr", value, False
-    if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}", None, True
-    if isinstance(value, bool):
-        return "i1", None, False
-    if isinstance(value, int):
-        if value == 1 and not parameter.do_not_specialize:
-            return "constexpr", 1, False
-        wide = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return wide, None, value % 16 == 0 and not parameter.do_not_specialize
-    return "fp32", None, False
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -238,8 +238,9 @@ def gated_lowrank_conv2d_bwd_merge_kernel(
 ):  # fmt: skip
     """For BN channels of one sample: the merged up projection `[B, N, R]` and parts `[B, n_tiles, H]` of the gate's gradient.
 
-    dg_h = Σ products ⊙ up_h + dz_sums·bias_h, with products `[B, N, R]` and dz_sums `[B, N]` the sums over positions of
-    dz·t and dz. Also stores the gate `[B, H]`, which follows from the sums of t `[B, R]`.
+    dg_h = Σ products ⊙ (up_h − merged) + dz_sums·(bias_h − merged), with products `[B, N, R]` and dz_sums `[B, N]` the sums
+    over positions of dz·t and dz. The softmax would cancel what heads have in common: better before it is rounded. Also
+    stores the gate `[B, H]`, which follows from the sums of t `[B, R]`.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // n_tiles
@@ -260,13 +261,16 @@ def gated_lowrank_conv2d_bwd_merge_kernel(
             p_ups = p_up + tl.cast(head, tl.int64) * s_uh + o_n[:, None] * s_un + o_r.to(tl.int64)[None, :] * s_ur
             b_up = tl.load(p_ups, mask=mask, other=0.0).to(tl.float32)
             b_merged += tl.sum(column(b_g, head, BH), 0) * b_up
-            b_dg += tl.where(o_h == head, tl.sum(b_products * b_up), 0.0)
+        for head in range(H):
+            p_ups = p_up + tl.cast(head, tl.int64) * s_uh + o_n[:, None] * s_un + o_r.to(tl.int64)[None, :] * s_ur
+            b_up = tl.load(p_ups, mask=mask, other=0.0).to(tl.float32)
+            b_dg += tl.where(o_h == head, tl.sum(b_products * (b_up - b_merged)), 0.0)
         tl.store(p_merged + o_products, b_merged.to(p_merged.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         b_dz_sum = tl.load(p_dz_sums + b * N + o_n, mask=m_n, other=0.0)
         p_biases = p_bias + o_h.to(tl.int64)[:, None] * s_bh + o_n[None, :] * s_bn
         b_bias = tl.load(p_biases, mask=(o_h < H)[:, None] & m_n[None, :], other=0.0).to(tl.float32)  # [BH, BN]
-        b_dg += tl.sum(b_bias * b_dz_sum[None, :], 1)
+        b_dg += tl.sum((b_bias - tl.sum(tl.trans(b_g) * b_bias, 0)[None, :]) * b_dz_sum[None, :], 1)
     tl.store(p_dg + pid * H + o_h, b_dg, mask=o_h < H)
     if pid == b * n_tiles:
         tl.store(p_gate + b * H + o_h, tl.sum(b_g, 0), mask=o_h < H)
