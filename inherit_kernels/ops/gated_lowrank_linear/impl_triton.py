@@ -33,9 +33,6 @@ KERNELS = ("forward", "backward_dx", "weight_gradient", "gate_gradient")
 
 
 def supports(problem: Problem) -> str | None:
-    # Three float32 tiles [16, 512] and their operands: 112 bytes a thread were spilled at the least of eight tilings.
-    if problem.training and problem.dtype == torch.float32 and problem.sizes.get("R", 0) > 256:
-        return f"the float32 backward is held in registers up to rank 256, not {problem.sizes['R']}"
     return declines(problem)
 
 
@@ -245,6 +242,7 @@ def _upstream(
         *up.stride(),
         *strides,
         SPLIT_K=splits,
+        RANK_TILES=partials[1].shape[0] // splits if splits else 1,
         GATE_ONLY=gate_only,
         STORE_DX=dx is not None,
         BN=config["BN"],
@@ -265,15 +263,20 @@ def _partials(
     flags: dict[str, Any],
     blocks: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The split form's first stage: float32 partials of dt `[SPLIT_K, M, R]` and of g's gradient `[SPLIT_K, M, H]`."""
+    """The split form's first stage in float32: partials of dt `[SPLIT_K, M, R]`, of g's gradient `[tiles, M, H]`.
+
+    Each program forms BR_TILE of the ranks (all of them where the configuration does not say).
+    """
     from inherit_kernels.ops.gated_lowrank_linear.kernels_triton import gated_lowrank_linear_bwd_partials_kernel
 
     (rows, rank), (heads, columns, _), splits = t.shape, up.shape, config["SPLIT_K"]
     partial_dt = t.new_empty(splits, rows, rank, dtype=torch.float32)
-    partial_dg = t.new_empty(splits, rows, heads, dtype=torch.float32)
+    tile = config.get("BR_TILE", blocks["BR"])
+    tiles = blocks["BR"] // tile * splits
+    partial_dg = t.new_empty(tiles, rows, heads, dtype=torch.float32)
     launch(
         gated_lowrank_linear_bwd_partials_kernel,
-        (ceil_div(rows, config["BM"]) * splits,),
+        (ceil_div(rows, config["BM"]) * tiles,),
         dz,
         t,
         up,
@@ -289,6 +292,7 @@ def _partials(
         *up.stride(),
         *strides,
         SPLIT_K=splits,
+        BR_TILE=tile,
         **flags,
         **blocks,
         **options_of(config),

@@ -160,6 +160,7 @@ def add_heads(
     o_t,  # [BM, BR]: the offsets in t
     m_m,  # [BM, 1]
     columns,
+    with_bias,  # whether the bias counts here, where HAS_BIAS
     H,
     R,
     stride_zm,
@@ -191,8 +192,9 @@ def add_heads(
         if HAS_BIAS:
             p_columns = p_bias + first * stride_bn
             o_columns = o_h * stride_bh
+            bias_depth = depth * with_bias
             b_dg = add_product(
-                b_dg, p_rows, p_columns, o_rows, o_columns, m_m, m_h, depth, stride_zn, stride_bn, BK, PRECISION
+                b_dg, p_rows, p_columns, o_rows, o_columns, m_m, m_h, bias_depth, stride_zn, stride_bn, BK, PRECISION
             )
         for h in range(H):
             head = widen(h)
@@ -216,7 +218,7 @@ def gated_lowrank_linear_bwd_partials_kernel(
     p_gate_bias,  # [H]
     p_bias,  # [H, N]
     p_dt,  # [SPLIT_K, M, R] float32
-    p_dg,  # [SPLIT_K, M, H] float32
+    p_dg,  # [rank tiles × SPLIT_K, M, H] float32
     M,
     N,
     R,
@@ -241,35 +243,43 @@ def gated_lowrank_linear_bwd_partials_kernel(
     BK: tl.constexpr,
     CHUNK: tl.constexpr,
     BR: tl.constexpr,
+    BR_TILE: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """The sums of `add_heads` over N, split over SPLIT_K programs. Grid: row tiles × SPLIT_K, the last fastest."""
+    """The sums of `add_heads` over N, split over SPLIT_K programs, for BR_TILE of the ranks.
+
+    Grid: row tiles × rank tiles × SPLIT_K, the last fastest.
+    """
     pid = tl.program_id(0).to(tl.int64)
     split = pid % SPLIT_K
-    row = pid // SPLIT_K * BM
+    RANK_TILES: tl.constexpr = BR // BR_TILE
+    tile_r = pid // SPLIT_K % RANK_TILES
+    row, rank = pid // SPLIT_K // RANK_TILES * BM, tile_r * BR_TILE
     o_m, o_r, o_h = tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BH)
-    m_m, m_r, m_h = (o_m < M - row)[:, None], (o_r < R)[None, :], (o_h < H)[None, :]
+    m_m, m_h = (o_m < M - row)[:, None], (o_h < H)[None, :]
     p_t += row * stride_tm
     o_t = o_m[:, None] * stride_tm + o_r[None, :] * stride_tr
-    b_t = tl.load(p_t + o_t, mask=m_m & m_r, other=0.0)
+    b_t = tl.load(p_t + o_t, mask=m_m & (o_r < R)[None, :], other=0.0)
     b_g = gate_of(
         b_t, p_gate_weight, p_gate_bias, H, R, stride_gh, stride_gr, stride_gb, HAS_GATE_BIAS, PRECISION, BH, BR
     )
     share = tl.cdiv(tl.cdiv(N, BK), SPLIT_K) * BK
     first = split * share
+    o_tile = tl.arange(0, BR_TILE)
     b_dt, b_dg = add_heads(
-        tl.zeros([BM, BR], tl.float32),
+        tl.zeros([BM, BR_TILE], tl.float32),
         tl.zeros([BM, BH], tl.float32),
         b_g,
         p_dz + row * stride_zm + first * stride_zn,
-        p_t,
-        p_up + first * stride_un,
+        p_t + rank * stride_tr,
+        p_up + first * stride_un + rank * stride_ur,
         p_bias + first * stride_bn,
-        o_t,
+        o_m[:, None] * stride_tm + o_tile[None, :] * stride_tr,
         m_m,
-        tl.minimum(N - first, share).to(tl.int32),
+        tl.where(rank < R, tl.minimum(N - first, share), 0).to(tl.int32),
+        (tile_r == 0).to(tl.int32),
         H,
-        R,
+        R - rank,
         stride_zm,
         stride_zn,
         stride_uh,
@@ -282,12 +292,14 @@ def gated_lowrank_linear_bwd_partials_kernel(
         BM,
         BK,
         CHUNK,
-        BR,
+        BR_TILE,
         BH,
     )
-    tile = split * M + row
-    tl.store(p_dt + tile * R + o_m[:, None] * R + o_r[None, :], b_dt, mask=m_m & m_r)
-    tl.store(p_dg + tile * H + o_m[:, None] * H + o_h[None, :], b_dg, mask=m_m & m_h)
+    m_r = (o_tile < R - rank)[None, :]
+    p_dt += (split * M + row) * R + rank
+    p_dg += ((tile_r * SPLIT_K + split) * M + row) * H
+    tl.store(p_dt + o_m[:, None] * R + o_tile[None, :], b_dt, mask=m_m & m_r)
+    tl.store(p_dg + o_m[:, None] * H + o_h[None, :], b_dg, mask=m_m & m_h)
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def gated_lowrank_linear_bwd_dx_kernel(
     p_gate_bias,  # [H]
     p_bias,  # [H, N]
     p_partial_dt,  # [SPLIT_K, M, R] float32
-    p_partial_dg,  # [SPLIT_K, M, H] float32
+    p_partial_dg,  # [RANK_TILES × SPLIT_K, M, H] float32
     p_dx,  # [M, K] contiguous
     p_dt,  # [M, R] contiguous
     p_d_logits,  # [M, H] float32
@@ -326,6 +338,7 @@ def gated_lowrank_linear_bwd_dx_kernel(
     stride_bh,
     stride_bn,
     SPLIT_K: tl.constexpr,
+    RANK_TILES: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATE_ONLY: tl.constexpr,
@@ -366,7 +379,7 @@ def gated_lowrank_linear_bwd_dx_kernel(
     if not GATE_ONLY:
         if SPLIT_K > 0:
             b_dt = sum_of_partials(p_partial_dt + row * R + o_dt, m_m & m_r, widen(M) * R, SPLIT_K)
-            b_dg = sum_of_partials(p_partial_dg + row * H + o_gates, m_m & m_h, widen(M) * H, SPLIT_K)
+            b_dg = sum_of_partials(p_partial_dg + row * H + o_gates, m_m & m_h, widen(M) * H, SPLIT_K * RANK_TILES)
         else:
             b_dt, b_dg = add_heads(
                 tl.zeros([BM, BR], tl.float32),
@@ -379,6 +392,7 @@ def gated_lowrank_linear_bwd_dx_kernel(
                 o_t,
                 m_m,
                 N,
+                1,
                 H,
                 R,
                 stride_zm,
