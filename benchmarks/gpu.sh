@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu.sh [all|check|sweep|tune] [--minutes 9] [arguments of the part]
 #
-# check   pytest -m gpu, then compute-sanitizer's memcheck and racecheck on the CUDA C++ kernels
+# check   a first call of every kernel, pytest -m gpu (arguments: pytest's), then compute-sanitizer's memcheck, racecheck
+#         and synccheck on the CUDA C++ kernels
 # sweep   the figures: python -m benchmarks.gpu.run; --part 1/3 … 3/3 split it, --op, --only REGIME choose, --resume goes on
 # tune    configurations and dispatch tables: python -m inherit_kernels.tune --device cuda; names of ops choose
 # all     check in at most a third of the time, the sweep's most important cases in the rest
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --minutes) minutes=$2 && shift 2 ;;
     --rehearse) rehearse=1 && shift ;;
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) rest+=("$1") && shift ;;
   esac
 done
@@ -33,6 +34,9 @@ within() { # seconds command…: the command, ended when its time is over
 }
 
 gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv,noheader 2>/dev/null | head -1)
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+arch=${capability:-8.0;9.0a}
+[ "$arch" = 9.0 ] && arch=9.0a
 slug=$(echo "${gpu%%,*}" | tr 'A-Z ' 'a-z-')
 [ -n "$rehearse" ] && slug=rehearsal && gpu="none: a rehearsal"
 results=${OUT:-benchmarks/results/${slug:-none}} logs=${OUT:-build/gpu}
@@ -43,7 +47,8 @@ build() {
   [ -n "$rehearse" ] && return
   local log
   log=$(mktemp)
-  if INHERIT_KERNELS_BUILD=cuda within 200 "$PYTHON" setup.py native >"$log" 2>&1; then
+  # For this device alone: images set TORCH_CUDA_ARCH_LIST to lists that reach back to what has no bfloat16.
+  if TORCH_CUDA_ARCH_LIST=$arch INHERIT_KERNELS_BUILD=cuda within 200 "$PYTHON" setup.py native >"$log" 2>&1; then
     echo "built with CUDA in $SECONDS s: $(ls -l inherit_kernels/_C.abi3.so | awk '{print $5}') bytes"
   else
     failed=1
@@ -55,18 +60,30 @@ print(ik.status())
 print('self-test:', torch.ops.inherit_kernels_C.cuda_self_test() if ik._native.load() else ik._native.error)"
 }
 
+first_calls() { # what hangs or is wrong at once shows here, not after minutes
+  local backend code
+  [ -n "$rehearse" ] && return
+  for backend in native triton; do
+    within 60 "$PYTHON" -m benchmarks.gpu.sanitize "$backend" 2>&1 | tail -n 6 | cut -c1-200
+    code=${PIPESTATUS[0]}
+    case $code in 0 | 3) ;; *) failed=1 && echo "first calls of $backend: exit $code" ;; esac
+  done
+}
+
 tests() { # seconds
   local files extra=() code
   mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
   if [ -n "$rehearse" ]; then
     extra+=(--gpu-rehearsal)
   elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # the time goes into compiling Triton kernels: so many at a time
-    extra+=(-n 12 --max-worker-restart 100)
+    extra+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))" --max-worker-restart 100)
   fi
-  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 150)
+  # A thread ends the process: a signal does not reach one that waits for the device.
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 90 --timeout-method=thread)
   # The repository's own options are replaced, so that a plugin which is not here cannot matter.
-  timeout -s INT -k 15 "$1" "$PYTHON" -m pytest -o addopts= --import-mode=importlib -m gpu -p no:cacheprovider -q --tb=short -rfE \
-    "${extra[@]}" "${files[@]}" >"$logs/check.txt" 2>&1
+  OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 timeout -s INT -k 45 "$1" "$PYTHON" -m pytest -o addopts= \
+    --import-mode=importlib -m gpu -p no:cacheprovider -v --tb=short -rfE \
+    "${extra[@]}" "${rest[@]}" "${files[@]}" >"$logs/check.txt" 2>&1
   code=$?
   tail -n 40 "$logs/check.txt" | cut -c1-300
   [ $code -eq 0 ] || [ $code -eq 124 ] || failed=1
@@ -88,7 +105,7 @@ sanitize() {
   [ -z "$tool" ] && echo "compute-sanitizer: not run: it is not installed" && return
   folder=$(mktemp -d)
   PATH="$PATH:/usr/local/cuda/bin" nvcc -O1 -o "$folder/planted" benchmarks/gpu/planted.cu >"$folder/log" 2>&1
-  for check in memcheck racecheck; do
+  for check in memcheck racecheck synccheck; do
     within 60 "$tool" --tool $check "$folder/planted" $check >"$folder/log" 2>&1
     if ! reported "$folder/log"; then
       echo "$check: not run: it does not find a planted error here: $(grep -v '^$' "$folder/log" | tail -1)"
@@ -97,8 +114,9 @@ sanitize() {
     [ "$(left)" -lt 30 ] && echo "$check: not run: no time left" && continue
     seconds=$(($(left) - 10))
     [ $check = memcheck ] && seconds=$((seconds / 2))
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$seconds" "$tool" --tool $check --print-limit 5 \
-      "$PYTHON" -m benchmarks.gpu.sanitize native >"$folder/log" 2>&1
+    [ $check = racecheck ] && seconds=$((seconds * 2 / 3))
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$seconds" "$tool" --tool $check --print-limit 5 --report-api-errors no \
+      "$PYTHON" -m benchmarks.gpu.sanitize native --forward --dtype bfloat16 float32 >"$folder/log" 2>&1
     code=$?
     cat "$folder/log" >>"$logs/check.txt"
     if reported "$folder/log"; then
@@ -116,12 +134,17 @@ sanitize() {
 }
 
 tune() { # seconds
-  local before code
+  local before code op ops seconds end=$((SECONDS + $1))
   [ -n "$rehearse" ] && echo "tune: not rehearsed: it would write tables of this CPU" && return
   before=$(mktemp)
-  within "$1" "$PYTHON" -m inherit_kernels.tune --device cuda --minutes "$("$PYTHON" -c "print(($1 - 25) / 60)")" "${rest[@]}"
-  code=$?
-  [ $code -eq 0 ] || { failed=1 && echo "tune: exit $code"; }
+  ops=("${rest[@]}")
+  [ ${#ops[@]} -gt 0 ] || ops=(lowrank_linear gated_lowrank_linear lowrank_conv2d gated_lowrank_conv2d)
+  while [ ${#ops[@]} -gt 0 ]; do # a process each: a kernel that hangs or ends it costs the others nothing
+    op=${ops[0]} seconds=$(((end - SECONDS) / ${#ops[@]})) ops=("${ops[@]:1}")
+    timeout -k 20 "$seconds" "$PYTHON" -m inherit_kernels.tune "$op" --device cuda --minutes "$("$PYTHON" -c "print(($seconds - 20) / 60)")"
+    code=$?
+    [ $code -eq 0 ] || { failed=1 && echo "tune $op: exit $code"; }
+  done
   if [ -n "${OUT:-}" ]; then
     find inherit_kernels/configs -newer "$before" -name '*.json' -print0 | tar czf "$OUT/configs.tar.gz" --null -T -
   fi
@@ -138,10 +161,15 @@ main() {
   echo "results go to $results"
   build
   case $part in
-    check) tests $(($(left) * 3 / 5)) && sanitize ;;
+    check)
+      first_calls
+      tests $(($(left) * 3 / 5))
+      sanitize
+      ;;
     tune) tune "$(left)" ;;
     sweep) sweep "$(left)" ;;
     all)
+      first_calls
       tests $(($(left) / 3))
       sweep "$(left)"
       ;;

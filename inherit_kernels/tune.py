@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = {"cpu": "contiguous", "cuda": "channels_last"}  # of images; tensor cores want their channels side by side
 # A backend this many times slower than the fastest is timed once: bfloat16 products without bfloat16 units.
 HOPELESS = 3
+WRITTEN_EVERY = 20  # entries: a kernel that ends the process costs no more
+
+Item = TypeVar("Item")
 
 
 def measure(
@@ -58,6 +62,20 @@ def measure(
     }
 
 
+def _measured(
+    op: str, case: Case, dtype: torch.dtype, training: bool, seconds: float, device: str
+) -> dict[str, Any] | None:
+    """`measure`; on a GPU a case that fails is printed and left out, unless it has ended the use of the device."""
+    try:
+        return measure(op, case, dtype, training, seconds, device)
+    except Exception as problem:
+        if device == "cpu":
+            raise
+        print(f"left out: {op} {case}: {str(problem).splitlines()[:1]}")
+        torch.cuda.synchronize()
+        return None
+
+
 def _medians_on_cpu(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     once = {name: _seconds(call) for name, call in candidates.items()}
     hopeless = {name: first for name, first in once.items() if first > HOPELESS * min(once.values())}
@@ -72,7 +90,8 @@ def _medians_on_cpu(candidates: dict[str, Callable[[], Any]], seconds: float) ->
 def _medians_on_gpu(candidates: dict[str, Callable[[], Any]]) -> dict[str, float]:
     from inherit_kernels.testing.gpu_timing import time_on_gpu
 
-    return {name: timing.median for name, timing in time_on_gpu(candidates).items()}
+    expected = candidates["unfused"]() if "unfused" in candidates else None
+    return {name: timing.median for name, timing in time_on_gpu(candidates, expected).items()}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -149,6 +168,13 @@ def _as_text(head: dict[str, Any], parts: dict[str, Any]) -> str:
     return text + "}\n"
 
 
+def spread(items: Sequence[Item]) -> Iterator[Item]:
+    """The items so that any beginning covers their whole range: the first, the middle, the quarters …."""
+    bits = max(1, (len(items) - 1).bit_length())
+    places = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return (items[place] for place in places if place < len(items))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m inherit_kernels.tune", description="Measure the dispatch tables.")
@@ -164,6 +190,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     ops = arguments.ops or list(OPS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends it as Ctrl-C does: the table is written
     start, share = time.monotonic(), 60 * arguments.minutes / len(ops)
     for i, op in enumerate(ops):
         end = start + (i + 1) * share
@@ -175,30 +202,33 @@ def main() -> None:
 
 
 def tune_dispatch(op: str, device: str, seconds: float, rows: int | None, end: float) -> None:
-    """Measure the backends of an op on its tuning cases until `end`, and write the entries."""
+    """Measure the backends of an op on its tuning cases until `end`, and write the entries as they come."""
     from rich.progress import track
 
     slug = device_slug(torch.device(device))
     module = import_module(f"inherit_kernels.ops.{op}.cases")
     grid = [
         (case, dtype, training)
-        for training in (False, True)
         for dtype in reversed(DTYPES)
-        for case in (module.gpu_tuning_cases() if device == "cuda" else module.tuning_cases())
+        for case in spread(module.gpu_tuning_cases() if device == "cuda" else module.tuning_cases())
+        for training in (False, True)
         if dtype == torch.float32 or rows is None or case.shapes["x"][0] <= rows
     ]
+    before = entries_of(op, slug)
     found: list[dict[str, Any]] = []
     skipped = len(grid)
     try:
         for point in track(grid, description=op):
             if time.monotonic() > end:
                 break
-            if entry := measure(op, *point, seconds, device):
+            if entry := _measured(op, *point, seconds, device):
                 found.append(entry)
             skipped -= 1
+            if len(found) % WRITTEN_EVERY == WRITTEN_EVERY - 1:
+                write_table(op, slug, entries=replaced(before, found))
     finally:
         if found:
-            write_table(op, slug, entries=replaced(entries_of(op, slug), found) if skipped else found)
+            write_table(op, slug, entries=replaced(before, found) if skipped else found)
     if not found:
         why = "no time was left" if skipped else "only one backend can serve here, so there is nothing to choose"
         print(f"{op}: {why}")

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from multiprocessing import TimeoutError as TookTooLong
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 
+from inherit_kernels.common import triton_launch
 from inherit_kernels.common.triton_launch import Config, forced_configs, kernel_tables, padded_rank
 from inherit_kernels.dispatch import device_slug, problem_of
 from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.gpu_timing import time_on_gpu
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch, record
-from inherit_kernels.tune import LAYOUTS, call_of, replaced, write_table
+from inherit_kernels.tune import LAYOUTS, replaced, spread, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
+#: Bytes of stack a thread above which a configuration is not timed: a few spilled registers cost less than a smaller tile.
+MOST_STACK = 128
 
 
 class Point(NamedTuple):
@@ -41,8 +46,7 @@ class Point(NamedTuple):
 def tune_kernels(op: str, end: float) -> None:
     """Measure each kernel of an op in each of its buckets until `end` (`time.monotonic()`), and write the table.
 
-    Configurations that would spill registers or exceed the shared memory are compiled ahead of time, on all processors,
-    and never measured.
+    Other processes compile ahead of time; configurations that exceed the shared memory or spill much are never measured.
     """
     from rich.progress import track
 
@@ -51,81 +55,105 @@ def tune_kernels(op: str, end: float) -> None:
     known = dict(kernel_tables(op, slug))
     found: dict[str, list[dict[str, Any]]] = {}
     major, minor = torch.cuda.get_device_capability()
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        fitting = [pool.submit(fitting_candidates, point, 10 * major + minor) for point in points]
-        for point, future in track(list(zip(points, fitting, strict=True)), description=f"{op} kernels"):
-            if time.monotonic() > end:
-                future.cancel()
-                continue
-            bucket = _fastest(point._replace(candidates=future.result()))
-            if bucket:
+    compilers = max(1, (os.cpu_count() or 1) - 2)  # this process and the driver need one each
+    with get_context("spawn").Pool(compilers) as pool:  # terminated at the end of the block
+        compiled = pool.imap(partial(fitting_candidates, arch=10 * major + minor), points)
+        for point in track(points, description=f"{op} kernels"):
+            try:
+                candidates = compiled.next(timeout=max(0.0, end - time.monotonic()))
+            except TookTooLong:
+                break
+            if bucket := _measured(point._replace(candidates=candidates)):
                 found.setdefault(point.kernel, []).append(bucket)
                 known[point.kernel] = replaced(known.get(point.kernel, []), found[point.kernel])
                 write_table(op, slug, kernels=known)
-        pool.shutdown(cancel_futures=True)
+            if time.monotonic() > end:
+                break
     kernel_tables.cache_clear()
+    triton_launch._config.cache_clear()
     measured = sum(map(len, found.values()))
     print(f"{op}: {measured} of {len(points)} buckets of {', '.join(found) or 'no kernel'} measured on {slug}")
 
 
 def points_of(op: str) -> Iterator[Point]:
-    """The buckets to measure: the square cases first, bfloat16 before float32, the forward before the backward."""
+    """The buckets to measure, of square layers and images: bfloat16 first, then from coarse to fine, every kernel of each."""
     cases = import_module(f"inherit_kernels.ops.{op}.cases").gpu_tuning_cases()
     square = [case for case in cases if case.shapes["x"][-1] == case.shapes["up"][-2] or len(case.shapes["x"]) == 4]
     for dtype in DTYPES:
         bits = 32 if dtype == torch.float32 else 16
-        for name, backend in OPS[op].triton_backends.items():
-            for kernel in backend.KERNELS:
-                for case in square:
+        for case in spread(square):
+            for name, backend in OPS[op].triton_backends.items():
+                for kernel in backend.KERNELS:
                     rank = padded_rank(case.shapes["down"][0])
-                    yield Point(op, name, kernel, case, dtype, backend.tuning_space(kernel, bits, rank))
+                    point = Point(op, name, kernel, case, dtype, backend.tuning_space(kernel, bits, rank))
+                    if backend.supports(_problem(point, make_inputs(op, case, dtype, device="meta"))) is None:
+                        yield point
+
+
+def _problem(point: Point, inputs: dict[str, Any]) -> Problem:
+    tensors, options = arguments_of(point.op, inputs, point.case)
+    return replace(problem_of(OPS[point.op], tensors, options, point.training), device=torch.device("cuda"))
 
 
 def fitting_candidates(point: Point, arch: int) -> list[Config]:
-    """The candidates that compile for the architecture without spilling, within its shared memory."""
+    """The candidates that compile for the architecture, within its shared memory and with MOST_STACK at most."""
     return [config for config in point.candidates if _fits(point, config, arch)]
 
 
 def _fits(point: Point, config: Config, arch: int) -> bool:
-    with forced_configs({point.kernel: config}):
-        launches = record(point.op, point.case, point.dtype, point.training, LAYOUTS["cuda"], point.backend)
-    for launch in launches:
-        try:
-            used = compile_launch(launch, arch)
-        except Exception as problem:  # a configuration that Triton cannot compile is no candidate, whatever it raises
-            print(f"left out: {point.kernel} {config}: {str(problem).splitlines()[0]}")
-            return False
-        if used.stack or used.shared > SHARED_LIMIT.get(arch, SHARED_LIMIT[80]):
-            return False
-    return True
+    try:
+        with forced_configs({point.kernel: config}):
+            launches = record(point.op, point.case, point.dtype, point.training, LAYOUTS["cuda"], point.backend)
+        used = [compile_launch(launch, arch) for launch in launches]
+    except Exception as problem:  # a configuration that Triton cannot compile is no candidate, whatever it raises
+        print(f"left out: {point.kernel} {config}: {str(problem).splitlines()[:1]}")
+        return False
+    limit = SHARED_LIMIT.get(arch, SHARED_LIMIT[80])
+    return all(kernel.stack <= MOST_STACK and kernel.shared <= limit for kernel in used)
 
 
-def _fastest(point: Point) -> dict[str, Any] | None:
-    """The bucket of a point with its fastest configuration, or None where none runs."""
-    bits = 32 if point.dtype == torch.float32 else 16
-    inputs = make_inputs(point.op, point.case, point.dtype, device="cuda", layout=LAYOUTS["cuda"])
-    if point.training:
-        inputs = {name: value if value is None else value.requires_grad_() for name, value in inputs.items()}
-    tensors, options = arguments_of(point.op, inputs, point.case)
-    problem = problem_of(OPS[point.op], tensors, options, point.training)
-    if OPS[point.op].backends[point.backend].supports(problem) is not None:
+def _measured(point: Point) -> dict[str, Any] | None:
+    """`_fastest`; a bucket that fails is printed and left out, unless it has ended the use of the device."""
+    try:
+        return _fastest(point)
+    except Exception as problem:
+        print(f"left out: {point.op} {point.kernel} {point.case}: {str(problem).splitlines()[:1]}")
+        torch.cuda.synchronize()
         return None
 
-    def under(config: Config) -> Any:
+
+@torch.no_grad()
+def _fastest(point: Point) -> dict[str, Any] | None:
+    """The bucket of a point with its fastest configuration, or None where none runs."""
+    inputs = make_inputs(point.op, point.case, point.dtype, device="cuda", layout=LAYOUTS["cuda"])
+    run = _run_of(point, inputs)
+
+    def under(config: Config) -> Callable[[], Any]:
         def call() -> Any:
             with forced_configs({point.kernel: config}):
-                return run()
+                return run(point.backend)
 
-        with forced_configs({point.kernel: config}):
-            run = call_of(point.op, inputs, point.case.options, point.backend, point.training)
         return call
 
-    timings = time_on_gpu({str(i): under(config) for i, config in enumerate(point.candidates)})
+    candidates = {str(i): under(config) for i, config in enumerate(point.candidates)}
+    timings = time_on_gpu(candidates, expected=run("unfused"))
     if not timings:
         return None
     best = min(timings, key=lambda name: timings[name].median)
     measured = {"config": point.candidates[int(best)], "microseconds": round(timings[best].median, 1)}
-    return {"bits": bits, **sizes_of(problem), **measured}
+    bits = 32 if point.dtype == torch.float32 else 16
+    return {"bits": bits, **sizes_of(_problem(point, inputs)), **measured}
+
+
+def _run_of(point: Point, inputs: dict[str, Any]) -> Callable[[str], Any]:
+    """The forward of a case as a call of the backend's name; for a kernel of the backward, that alone, with t saved."""
+    spec = OPS[point.op]
+    tensors, options = arguments_of(point.op, inputs, point.case)
+    if not point.training:
+        return lambda name: spec.backends[name].forward(*tensors, *options)
+    y, t = spec.backends[point.backend].forward_saving(*tensors, *options)
+    dz, needs = torch.randn_like(y), [tensor is not None for tensor in tensors[:-1]]
+    return lambda name: spec.backends[name].backward(dz, t, *tensors[:-1], *options, needs)
 
 
 def sizes_of(problem: Problem) -> dict[str, int]:

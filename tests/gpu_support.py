@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -56,6 +57,28 @@ def skip_unless_served(
     sentence = declines(op, backend, case, dtype, device, training)
     if sentence is not None:
         pytest.skip(f"{backend} not proven: {sentence}")
+
+
+def served(op: str, backend: str, dtype: torch.dtype, device: str, training: bool = False) -> list[Case]:
+    """Ragged cases, some of several blocks, that the backend serves; skip with its sentence if there is none."""
+    cases = [find(op, "larger_than_blocks"), usual(op), *aligned(op)]
+    sentences = [declines(op, backend, case, dtype, device, training) for case in cases]
+    if all(sentences):
+        pytest.skip(f"{backend} not proven: {sentences[-1]}")
+    return [case for case, sentence in zip(cases, sentences, strict=True) if sentence is None]
+
+
+def aligned(op: str) -> list[Case]:
+    """Cases whose sizes are multiples of eight, but not of blocks: few rows and more, or a small map."""
+    make = import_module(f"inherit_kernels.ops.{op}.cases").case
+    heads = (3,) if "gated" in op else ()
+    whole: dict[str, Any] = {"residual": True, "activation": "silu"}
+    if "conv" in op:
+        return [make("aligned_map", (2,), 72, (14, 15), 136, 40, *heads, (3, 3), padding=1, **whole)]
+    return [
+        make("aligned_few_rows", (5,), 264, 136, 24, *heads, **whole),
+        make("aligned_rows", (131,), 304, 272, 72, *heads, **whole),
+    ]
 
 
 def call(op: str, inputs: dict[str, Any], case: Case, backend: str | None = None) -> torch.Tensor:

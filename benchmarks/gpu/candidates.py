@@ -134,12 +134,9 @@ class Case:
     def _truth(self, setting: Setting) -> Truth:
         point = self.item.point
         flops = work_of(point, 4, setting.training).flops
-        # In float64 it would take longer to try every algorithm of cuDNN than to run the slowest.
-        torch.backends.cudnn.benchmark, wanted = False, torch.backends.cudnn.benchmark
-        try:
-            return Truth(lambda tensors: factored(point, tensors), setting.inputs, setting.cotangent, flops)
-        finally:
-            torch.backends.cudnn.benchmark = wanted
+        return _without_search(
+            lambda: Truth(lambda tensors: factored(point, tensors), setting.inputs, setting.cotangent, flops)
+        )
 
     def _check(self, candidate: Candidate, results: Sequence[Tensor]) -> None:
         """Ours by the accuracy rule on every element; a peer by a looser one on its first rows.
@@ -197,8 +194,19 @@ class Case:
                 "residual": None if residual is None else residual[:PEER_ROWS],
             }
             flops = work_of(self.item.point, 4, False, dense=True).flops
-            self.dense_truth = Truth(lambda tensors: whole(setting, tensors), first, None, flops)
+            self.dense_truth = _without_search(
+                lambda: Truth(lambda tensors: whole(setting, tensors), first, None, flops)
+            )
         return self.dense_truth
+
+
+def _without_search(make: Callable[[], Truth]) -> Truth:
+    """In float64 it would take longer to try every algorithm of cuDNN than to run the slowest."""
+    torch.backends.cudnn.benchmark, wanted = False, torch.backends.cudnn.benchmark
+    try:
+        return make()
+    finally:
+        torch.backends.cudnn.benchmark = wanted
 
 
 def _copy(setting: Setting) -> Setting:

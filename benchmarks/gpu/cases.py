@@ -32,6 +32,7 @@ EPILOGUES: list[dict[str, Any]] = [
 DTYPES = ("bfloat16", "float16", "float32")
 FAST, COMPILED, SLOW = "fast", "compiled", "slow"  # what a peer costs to prepare: nothing, seconds, a minute
 EVERY = frozenset((FAST, COMPILED, SLOW))
+BETWEEN_SLOW = 12  # cases of the covering part: about as long as one case with slow peers
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ REGIMES: dict[str, Callable[[Item], bool]] = {
 
 def sweep() -> list[Item]:
     """Everything, in the order in which it is measured; no key twice."""
-    items = [*core(), *with_slow_peers(), *covering()]
+    covered = covering()
+    pieces = [covered[i : i + BETWEEN_SLOW] for i in range(0, len(covered), BETWEEN_SLOW)]
+    rounds = itertools.zip_longest(pieces, ([item] for item in with_slow_peers()), fillvalue=())
+    items = [*core(), *(item for pair in rounds for piece in pair for item in piece)]
     return list({item.key: item for item in items}.values())
 
 
@@ -137,14 +141,18 @@ def _core_by_regime() -> list[list[Item]]:
     large = [(16384, 4096, 4096), (65536, 1024, 1024), (8192, 4096, 11008), (8192, 11008, 4096), (65536, 4096, 4096)]
     gated_few = [linear_point(GATED, m, 4096, 4096, 64, 3) for m in (1, 16, 64)]
     return [
-        [Item(linear_point(LINEAR, m, 4096, 4096, r, 1)) for r in (256, 64, 128) for m in (1, 16, 4)],
+        [
+            Item(linear_point(LINEAR, m, 4096, 4096, r, 1), peers=frozenset((FAST, COMPILED) if m == 1 else (FAST,)))
+            for r in (256, 64, 128)
+            for m in (1, 16, 4)
+        ],
         [Item(linear_point(LINEAR, m, k, n, r, 1)) for r in (128, 64, 16) for m, k, n in large if r > 16 or m > 8192],
         [
             Item(linear_point(LINEAR, m, k, n, r, 1, activation=name, **whole), peers=frozenset((FAST, COMPILED)))
             for m, k, n, r, name in epilogues
         ],
         [
-            Item(linear_point(GATED, m, size, size, r, 4))
+            Item(linear_point(GATED, m, size, size, r, 4), peers=frozenset((FAST, COMPILED) if r == 64 else (FAST,)))
             for m, size in ((4096, 4096), (1024, 4096), (256, 4096), (16384, 4096), (1024, 1024), (16384, 1024))
             for r in (64, 128)
         ],

@@ -106,12 +106,13 @@ def _laid_out(module: Any, setting: Setting) -> nn.Module:
 
 
 def _concat(weights: Sequence[Any], x: Tensor, residual: Tensor | None) -> Tensor:
-    """[g_1 t … g_H t]·[up_1 … up_H]ᵀ with the weights side by side beforehand."""
-    down, up, gate_weight, gate_bias, bias, activation = weights
+    """[g_1 t … g_H t g]·[up_1 … up_H biasᵀ]ᵀ with the weights side by side beforehand."""
+    down, up, gate_weight, gate_bias, activation = weights
     t = F.linear(x, down)
     g = gate_of(t, gate_weight, gate_bias)
-    z = F.linear(scale_by_gate(t, g), up)
-    z = z if bias is None else torch.addmm(z, g, bias)
+    scaled = scale_by_gate(t, g)
+    padding = up.shape[1] - scaled.shape[1]
+    z = F.linear(torch.cat((scaled, F.pad(g, (0, padding - g.shape[1]))), 1) if padding else scaled, up)
     return layers.ACTIVATIONS[activation](z if residual is None else z + residual)
 
 
@@ -126,9 +127,11 @@ def _compiled_concat_gemm(settings: Sequence[Setting], compiler: str | None) -> 
 
 def _concat_weights(setting: Setting) -> list[Any]:
     inputs: Any = setting.inputs
-    up = side_by_side(inputs["up"]).contiguous()
-    rest = [inputs[name] for name in ("gate_weight", "gate_bias", "bias")]
-    return [inputs["down"], up, *rest, setting.options.get("activation")]
+    up, bias = side_by_side(inputs["up"]), inputs["bias"]
+    if bias is not None:  # more columns of the one product, to a multiple of eight
+        up = torch.cat((up, F.pad(bias.t(), (0, -bias.shape[0] % 8))), 1)
+    gate = [inputs[name] for name in ("gate_weight", "gate_bias")]
+    return [inputs["down"], up.contiguous(), *gate, setting.options.get("activation")]
 
 
 # --- backward alone ----------------------------------------------------------------------------------------------------

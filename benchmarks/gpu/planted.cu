@@ -1,5 +1,5 @@
-// Two mistakes on purpose: a memory checker that does not report them does not work on this machine, and its silence
-// about our kernels would prove nothing. planted memcheck | planted racecheck
+// Mistakes on purpose: a checker that does not report them does not work on this machine, and its silence about our
+// kernels would prove nothing. planted memcheck | racecheck | synccheck
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -18,15 +18,20 @@ __global__ void race_kernel(float* p_out) {
   p_out[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
 }
 
+// Half of a warp waits for the other half, which does not come.
+__global__ void divergence_kernel(float* p_out) {
+  if (threadIdx.x < 16) __syncthreads();
+  p_out[threadIdx.x] = 1.0f;
+}
+
 int main(int count, char** arguments) {
-  bool race = count > 1 && std::strcmp(arguments[1], "racecheck") == 0;
+  auto asked = [&](const char* name) { return count > 1 && std::strcmp(arguments[1], name) == 0; };
+  bool memory = asked("memcheck");
   float* p_out = nullptr;
-  if (cudaMalloc(reinterpret_cast<void**>(&p_out), (race ? kThreads : 64) * sizeof(float)) != cudaSuccess) return 2;
-  if (race) {
-    race_kernel<<<1, kThreads>>>(p_out);
-  } else {
-    out_of_bounds_kernel<<<1, kThreads>>>(p_out);
-  }
+  if (cudaMalloc(reinterpret_cast<void**>(&p_out), (memory ? 64 : kThreads) * sizeof(float)) != cudaSuccess) return 2;
+  if (asked("racecheck")) race_kernel<<<1, kThreads>>>(p_out);
+  if (asked("synccheck")) divergence_kernel<<<1, kThreads>>>(p_out);
+  if (memory) out_of_bounds_kernel<<<1, kThreads>>>(p_out);
   cudaError_t error = cudaDeviceSynchronize();
   cudaFree(p_out);
   return error == cudaSuccess ? 0 : 3;

@@ -20,12 +20,16 @@ import torch
 
 from benchmarks import store
 from benchmarks.gpu import cases, rows, summary
+from benchmarks.gpu.candidates import AUTOMATIC
 from benchmarks.gpu.worker import State, items_of, say
 from inherit_kernels.dispatch import device_slug
+from inherit_kernels.registry import OPS
 
-SILENCE = 150.0  # seconds without a line in the journal: the candidate hangs
+SILENCE_OF_OURS = 60.0  # seconds without a line in the journal: the candidate hangs
+SILENCE = 150.0
 SILENCE_OF_AUTOTUNING = 300.0
-MOST_CRASHES = 3  # of one candidate of one op; then it is left out there
+MOST_CRASHES = 3  # of one candidate of one op; then it is left out there, and at once where it hung
+HUNG = "no progress"
 OUT_OF_TIME = "out of time"
 SPARE = 25.0  # seconds in which it is worth starting a process again
 
@@ -62,15 +66,22 @@ def _watch(state: State) -> str | None:
                 return None if code == 0 else f"the process ended with {code}"
             except subprocess.TimeoutExpired:
                 silent = time.time() - state.journal.stat().st_mtime
-                text = state.journal.read_text().splitlines()
-                tuning = bool(text) and ("autotune" in text[-1] or "B2B" in text[-1])
-                if silent > (SILENCE_OF_AUTOTUNING if tuning else SILENCE):
-                    return f"no progress in {silent:.0f} s"
+                if silent > _patience(state.journal.read_text().splitlines()):
+                    return f"{HUNG} in {silent:.0f} s"
                 if time.time() > state.deadline + SPARE:
                     return OUT_OF_TIME
     finally:
         worker.kill()
         worker.wait()
+
+
+def _patience(journal: Sequence[str]) -> float:
+    """How many seconds what the last line has begun may take."""
+    if journal and ("autotune" in journal[-1] or "B2B" in journal[-1]):
+        return SILENCE_OF_AUTOTUNING
+    begun = json.loads(journal[-1]).get("candidate") if journal else None
+    ours = {AUTOMATIC, *(name for spec in OPS.values() for name in spec.backends)} - {"unfused"}
+    return SILENCE_OF_OURS if begun in ours else SILENCE
 
 
 def _record(state: State, entries: Sequence[dict[str, Any]], last: dict[str, Any], ended: str) -> None:
@@ -88,7 +99,7 @@ def _record(state: State, entries: Sequence[dict[str, Any]], last: dict[str, Any
         return
     state.skipped.setdefault(key, {})[candidate] = reason
     crashes = [k for k, found in state.skipped.items() if candidate in found and k.split()[0] == item.point.op]
-    if len(crashes) >= MOST_CRASHES:
+    if len(crashes) >= MOST_CRASHES or ended.startswith(HUNG):
         state.banned.setdefault(item.point.op, {})[candidate] = f"left out after {len(crashes)} crashes on this op"
 
 

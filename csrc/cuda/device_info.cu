@@ -27,6 +27,7 @@ cudaError_t fill_on_device(std::vector<float>& host) {
   cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&p_out), bytes);
   if (error != cudaSuccess) return error;
   unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  cudaGetLastError();  // forget an earlier call's
   device_info_fill_kernel<<<blocks, kThreads>>>(p_out, count, 0.5f);
   error = cudaGetLastError();
   if (error == cudaSuccess) error = cudaMemcpy(host.data(), p_out, bytes, cudaMemcpyDeviceToHost);
@@ -66,11 +67,12 @@ const char* cuda_self_test() {
 namespace cuda {
 
 DeviceLimits device_limits(int device) {
-  int major = 0, minor = 0, multiprocessors = 0;
+  int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
   bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
                cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? DeviceLimits{10 * major + minor, multiprocessors} : DeviceLimits{};
+               cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? DeviceLimits{10 * major + minor, multiprocessors, shared_bytes} : DeviceLimits{};
 }
 
 const char* error_text(int error) {

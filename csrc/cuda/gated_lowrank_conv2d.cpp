@@ -88,6 +88,7 @@ std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Ten
   call.dtype = dtype_code(x, "x");
   call.activation = activation_code(activation);
   call.multiprocessors = context.limits.multiprocessors;
+  call.shared_bytes = context.limits.shared_bytes;
   if (call.batch == 0) return {y, t};
   call.stream = context.stream;
 #ifdef INHERIT_KERNELS_SM90

@@ -5,8 +5,6 @@
 namespace inherit_kernels::cuda {
 namespace {
 
-constexpr size_t kSharedLimit = 163 * 1024;  // of a CTA on sm_80
-
 template <class T>
 int launch_for_rank(const GatedLowrankConv2dCall& call) {
   return rank_block(call.rank) == 64 ? launch_sample_conv<T, 64, false>(call, 1)
@@ -17,7 +15,8 @@ int launch_for_rank(const GatedLowrankConv2dCall& call) {
 
 const char* gated_lowrank_conv2d_declines(const GatedLowrankConv2dCall& call) {
   const char* reason = sample_conv_declines(call);
-  if (reason == nullptr && sample_conv_shared_bytes(call, 1) > kSharedLimit)
+  if (reason == nullptr && rank_block(call.rank) > 128) return "ranks above 128 take a cluster of CTAs";
+  if (reason == nullptr && sample_conv_shared_bytes(call, 1) > static_cast<size_t>(call.shared_bytes))
     return "t of a sample and the tiles in flight exceed the shared memory of a CTA";
   return reason;
 }

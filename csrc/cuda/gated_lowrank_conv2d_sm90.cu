@@ -4,10 +4,8 @@
 namespace inherit_kernels::cuda {
 namespace {
 
-constexpr size_t kSharedLimit = 227 * 1024;  // of a CTA on sm_90
-
 bool fits(const GatedLowrankConv2dCall& call, int cluster) {
-  return sample_conv_shared_bytes(call, cluster) <= kSharedLimit;
+  return sample_conv_shared_bytes(call, cluster) <= static_cast<size_t>(call.shared_bytes);
 }
 
 // The largest cluster with which all CTAs still run at once, but large enough for t.

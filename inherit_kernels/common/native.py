@@ -57,6 +57,8 @@ def declines_linear_on_cuda(problem: Problem) -> str | None:
     sentence = declines_on_cuda(problem, CUDA_DTYPES)
     if sentence is not None:
         return sentence
+    if not problem.sizes["N"]:
+        return "there is no output to compute"
     if rows <= DECODE_ROWS:
         fits = rank <= 512 and heads <= 16
         return None if fits else f"up to rank 512 and 16 heads are served at few rows, not {rank} and {heads}"
@@ -64,7 +66,7 @@ def declines_linear_on_cuda(problem: Problem) -> str | None:
         return f"more than {DECODE_ROWS} rows take a device with clusters (compute capability 9)"
     if problem.dtype == torch.float32:
         return f"more than {DECODE_ROWS} rows are served in bfloat16 and float16"
-    if rank > 256 or heads > 8 or rank % 8 or problem.sizes["K"] % 8:
+    if rank > 256 or heads > 8 or rank % 8 or problem.sizes["K"] % 8 or not problem.sizes["K"]:
         return f"clusters take ranks to 256 and inputs in multiples of 8, and up to 8 heads, not {problem.sizes}"
     return None
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -123,10 +123,11 @@ def forced_configs(configs: dict[str, Config]) -> Iterator[None]:
 
 
 def config_for(op: str, kernel: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, Any]) -> Config:
-    """The configuration of a kernel: that of the nearest measured bucket of the device, else of the shipped table.
+    """The configuration of a kernel, of the nearest bucket of the device's table or of the shipped one.
 
     A bucket fits where its `bits` (16 or 32) and its `BR` (the rank padded to a power of two) are those of the call;
-    among these the nearest has the least sum of |log2| ratios over its other sizes.
+    among these the nearest has the least sum of |log2| ratios over the sizes that shipped buckets name, then over all of
+    its own. Equally near, a measured one wins: a table of which a run measured only a part leaves the rest as it was.
 
     Args:
         kernel: the kernel's name in the table, such as "forward".
@@ -176,21 +177,31 @@ def kernel_tables(op: str, slug: str) -> dict[str, list[dict[str, Any]]]:
 @cache
 def _config(op: str, kernel: str, bits: int, slug: str, sizes: tuple[tuple[str, int], ...]) -> Config:
     wanted = dict(sizes)
-    for table in (slug, SHIPPED):
-        buckets = [
+
+    def fitting(table: str) -> list[dict[str, Any]]:
+        return [
             bucket
             for bucket in kernel_tables(op, table).get(kernel, [])
             if bucket["bits"] == bits and bucket.get("BR", wanted["BR"]) == wanted["BR"]
         ]
-        if buckets:
-            return min(buckets, key=lambda bucket: _distance(bucket, wanted))["config"]
-        _warn_once(op, table)
-    raise LookupError(f"configs/{op}/{SHIPPED}.json has no configuration of {kernel} for {bits} bits, {wanted}")
+
+    shipped = fitting(SHIPPED)
+    measured = fitting(slug) if slug != SHIPPED else []
+    if not measured:
+        _warn_once(op, slug)
+    if not shipped and not measured:
+        raise LookupError(f"configs/{op}/{SHIPPED}.json has no configuration of {kernel} for {bits} bits, {wanted}")
+    coarse = {letter for bucket in shipped for letter in bucket}
+
+    def distance(bucket: dict[str, Any]) -> tuple[float, bool, float]:
+        return _distance(bucket, wanted, coarse), bucket in shipped, _distance(bucket, wanted, bucket)
+
+    return min(measured + shipped, key=distance)["config"]
 
 
-def _distance(bucket: dict[str, Any], sizes: dict[str, int]) -> float:
-    letters = [letter for letter in bucket if letter in sizes and letter != "BR"]
-    return sum(abs(math.log2(max(sizes[letter], 1) / bucket[letter])) for letter in letters)
+def _distance(bucket: dict[str, Any], sizes: dict[str, int], among: Collection[str]) -> float:
+    letters = [letter for letter in bucket if letter in sizes and letter in among and letter != "BR"]
+    return sum(abs(math.log2(max(sizes[letter], 1) / max(bucket[letter], 1))) for letter in letters)
 
 
 @cache

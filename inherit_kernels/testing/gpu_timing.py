@@ -11,17 +11,31 @@ from inherit_kernels.testing.timing import Timing, _percentiles
 
 REPLAY = 200.0  # µs that one replay should take, so that the events' resolution (about 0.5 µs) does not matter
 MOST_REPEATS = 50
+PROBE = 5  # calls of the graph from which the repeats follow: called from Python, a call of 5 µs takes 20 to 100
+AHEAD = 200_000  # cycles, about 100 µs, that the device waits while a replay is enqueued
+TOLERANCE = (
+    0.3  # of the largest element: a race or an unwritten tile shows, cancellation in 16 bits (0.11 seen) does not
+)
 
 
-def time_on_gpu(candidates: dict[str, Callable[[], object]], *, rounds: int = 11) -> dict[str, Timing]:
-    """Microseconds of each call inside a CUDA graph, with a warm L2 cache; a call that fails is left out.
+def time_on_gpu(
+    candidates: dict[str, Callable[[], Any]], expected: Any = None, *, rounds: int = 11
+) -> dict[str, Timing]:
+    """Microseconds of each call inside a CUDA graph, with a warm L2 cache; a call that fails or is wrong is left out.
 
     Args:
         candidates: name -> a call without arguments that enqueues work on the current CUDA device.
+        expected: what each call should return, a tensor or a sequence of them and of None; None is not compared.
         rounds: how many samples each gets, in turn: A B C A B C ….
     """
     pool = torch.cuda.graph_pool_handle()  # one: values do not matter, and each graph's own would soon fill the memory
-    replays = {name: replay for name, call in candidates.items() if (replay := _capture(call, pool)) is not None}
+    replays: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, call in candidates.items():
+        try:
+            replays[name] = _capture(call, expected, pool)
+        except Exception as problem:  # too much shared memory, say: Triton's errors share no other base
+            print(f"left out: {name}: {str(problem).splitlines()[:1]}")
+            pool = torch.cuda.graph_pool_handle()  # a capture that failed keeps the other
     samples: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
         for name, (graph, repeats) in replays.items():
@@ -29,31 +43,54 @@ def time_on_gpu(candidates: dict[str, Callable[[], object]], *, rounds: int = 11
     return {name: _percentiles(values) for name, values in samples.items()}
 
 
-def _capture(call: Callable[[], object], pool: Any) -> tuple[torch.cuda.CUDAGraph, int] | None:
-    """A graph that repeats the call, and how often; None where the call fails."""
+def _capture(call: Callable[[], Any], expected: Any, pool: Any) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph that repeats the call, and how often."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = [call() for _ in range(3)]
+    torch.cuda.current_stream().wait_stream(stream)
+    check_same(results[-1], expected)
+    probe = _graph_of(call, PROBE, pool)
+    once = min(_elapsed(probe.replay) for _ in range(3)) / PROBE
+    repeats = max(1, min(MOST_REPEATS, int(REPLAY / max(once, 1.0)) + 1))
+    return _graph_of(call, repeats, pool), repeats
+
+
+def check_same(results: Any, expected: Any) -> None:
+    """Whether a candidate computes what it should: within TOLERANCE of the largest element of each expected tensor.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    if expected is None:
+        return
+    if isinstance(expected, torch.Tensor):
+        worst = float((results.float() - expected.float()).abs().max()) if expected.numel() else 0.0
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        if not worst <= TOLERANCE * largest:
+            raise AssertionError(f"wrong: off by {worst:.3g} where the largest element is {largest:.3g}")
+        return
+    for result, wanted in zip(results, expected, strict=True):
+        check_same(result, wanted)
+
+
+def _graph_of(call: Callable[[], Any], repeats: int, pool: Any) -> torch.cuda.CUDAGraph:
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        once = min(_elapsed(call) for _ in range(3))
-        repeats = max(1, min(MOST_REPEATS, int(REPLAY / max(once, 1.0)) + 1))
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             for _ in range(repeats):
                 call()
-    except (
-        Exception
-    ) as problem:  # too little shared memory for a configuration, say: Triton's errors share no other base
-        print(f"left out: {str(problem).splitlines()[:1]}")
-        return None
-    return graph, repeats
+    except BaseException:  # a capture that failed leaves its own stream as the current one
+        torch.cuda.set_stream(current)
+        raise
+    graph.replay()
+    return graph
 
 
 def _elapsed(run: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(AHEAD)
     start.record()
     run()
     end.record()

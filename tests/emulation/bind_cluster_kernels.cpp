@@ -66,7 +66,7 @@ GatedLowrankConv2dCall conv_call(const py::dict& values) {
   TAKE(batch), TAKE(channels), TAKE(rank), TAKE(out), TAKE(heads);
   TAKE(height), TAKE(width), TAKE(out_height), TAKE(out_width), TAKE(kernel_height), TAKE(kernel_width);
   TAKE(stride_height), TAKE(stride_width), TAKE(padding_height), TAKE(padding_width);
-  TAKE(dilation_height), TAKE(dilation_width);
+  TAKE(dilation_height), TAKE(dilation_width), TAKE(shared_bytes);
   TAKE(dtype), TAKE(activation), TAKE(multiprocessors), TAKE(cluster), TAKE(after_previous);
   return call;
 }

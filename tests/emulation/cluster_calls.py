@@ -145,6 +145,7 @@ def prepare_conv(
     call |= {"t": t.address} if want_t else {}
     call |= {"batch": batch, "channels": channels, "rank": rank, "out": out, "heads": heads, "height": height}
     call |= {"width": width, "out_height": ho, "out_width": wo, "dtype": DTYPES[dtype], "multiprocessors": 132}
+    call |= {"shared_bytes": (227 if sm90 else 163) * 1024}
     for name, pair in {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}.items():
         call |= {f"{name}_height": pair[0], f"{name}_width": pair[1]}
     return Launch(module, "gated_lowrank_conv2d_sm90" if sm90 else "gated_lowrank_conv2d", given, y, t, call | fields)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import backends, call, find, inputs_of, leaves_of, skip_unless_served, usual
+from gpu_support import backends, call, find, inputs_of, leaves_of, served, skip_unless_served
 
 import inherit_kernels
 from benchmarks.gpu.device import open_device
@@ -50,8 +50,7 @@ def fresh(inputs, seed):
 @pytest.mark.parametrize("op, backend", backends())
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_a_captured_call_replays_on_changed_inputs(op, backend, dtype, opened, device):
-    for case in (usual(op), find(op, "larger_than_blocks")):
-        skip_unless_served(op, backend, case, dtype, device)
+    for case in served(op, backend, dtype, device):
         inputs = inputs_of(op, case, dtype, device)
         y = torch.full_like(call(op, inputs, case, backend), float("nan"))
 
@@ -70,8 +69,8 @@ def test_a_captured_call_replays_on_changed_inputs(op, backend, dtype, opened, d
 
 @pytest.mark.parametrize("op, backend", backends())
 def test_a_captured_training_step_replays_on_changed_inputs(op, backend, opened, device):
-    case, dtype = find(op, "larger_than_blocks"), torch.bfloat16 if device == "cuda" else torch.float32
-    skip_unless_served(op, backend, case, dtype, device, training=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case, *_ = served(op, backend, dtype, device, training=True)
     inputs = inputs_of(op, case, dtype, device)
     given = [value.requires_grad_() for value in inputs.values() if value is not None]
     kept = [torch.zeros_like(value) for value in given]
@@ -99,8 +98,7 @@ def test_a_captured_training_step_replays_on_changed_inputs(op, backend, opened,
 @pytest.mark.parametrize("op, backend", backends())
 def test_on_a_stream_of_its_own(op, backend, cuda):
     """The inputs become what they are only on that stream, after a delay: work on another would read the old ones."""
-    case = find(op, "larger_than_blocks")
-    skip_unless_served(op, backend, case, torch.bfloat16, cuda)
+    case = served(op, backend, torch.bfloat16, cuda)[-1]
     inputs = inputs_of(op, case, torch.bfloat16, cuda)
     expected = call(op, inputs, case, backend)
     final = {name: None if value is None else value.clone() for name, value in inputs.items()}
@@ -122,8 +120,7 @@ def test_on_a_stream_of_its_own(op, backend, cuda):
 @pytest.mark.parametrize("op, backend", backends())
 def test_two_streams_at_once(op, backend, cuda):
     """Calls that overlap must not share scratch memory or counters."""
-    case = find(op, "larger_than_blocks")
-    skip_unless_served(op, backend, case, torch.bfloat16, cuda)
+    case = served(op, backend, torch.bfloat16, cuda)[-1]
     sets = [inputs_of(op, case, torch.bfloat16, cuda, seed) for seed in range(2)]
     expected = [call(op, inputs, case, backend) for inputs in sets]
     torch.cuda.synchronize()
@@ -142,8 +139,7 @@ def test_two_streams_at_once(op, backend, cuda):
 def test_on_a_device_that_is_not_the_current_one(op, backend, cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    case = find(op, "larger_than_blocks")
-    skip_unless_served(op, backend, case, torch.bfloat16, "cuda:1")
+    case = served(op, backend, torch.bfloat16, "cuda:1")[-1]
     inputs = leaves_of(inputs_of(op, case, torch.bfloat16, "cuda:1"))
     y = call(op, inputs, case, backend)
     y.sum().backward()
@@ -157,8 +153,7 @@ def test_on_a_device_that_is_not_the_current_one(op, backend, cuda):
 @pytest.mark.parametrize("op, backend", backends())
 def test_compiled_in_one_graph_forward_and_backward(op, backend, device):
     torch._dynamo.reset()
-    case = usual(op)
-    skip_unless_served(op, backend, case, torch.float32, device, training=True)
+    case = served(op, backend, torch.float32, device, training=True)[-1]
     inputs = inputs_of(op, case, torch.float32, device)
     function = getattr(inherit_kernels, op)
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
@@ -213,8 +208,7 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("op, backend", [pair for pair in backends() if pair.values[1] != "unfused"])
 def test_a_package_of_aotinductor_computes_the_same(op, backend, cuda, tmp_path):
-    case = usual(op)
-    skip_unless_served(op, backend, case, torch.bfloat16, cuda)
+    case = served(op, backend, torch.bfloat16, cuda)[-1]
     inputs = inputs_of(op, case, torch.bfloat16, cuda)
     layer = Layer(op, inputs, case.options).eval()
     with torch.no_grad(), inherit_kernels.use_backend(backend):

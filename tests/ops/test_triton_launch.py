@@ -75,12 +75,12 @@ def test_one_warning_names_the_command(tables):
     ]
 
 
-def test_the_table_of_the_device_comes_first(tables):
+def test_the_table_of_the_device_comes_first_where_it_is_as_near(tables):
     entry = {"bits": 16, "BR": 64, "M": 4096, "K": 4096, "config": {"BM": 77}, "microseconds": 3.5}
     (tables / "nvidia-h200.json").write_text(json.dumps({"kernels": {"forward": [entry]}}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(1) == 77
+        assert [chosen(m) for m in (1, 300, 4096, 10**6)] == [16, 77, 77, 77]
 
 
 def test_forced_configurations_nest(tables):
@@ -197,7 +197,7 @@ def test_the_tuner_compiles_in_its_pool_and_writes_as_it_goes(monkeypatch, tmp_p
 
     def fastest(point):
         timed.append(point.candidates)
-        now.append(2.0)
+        now.append(700.0)
         return {"bits": 16, "BR": 16, "P": 49, "config": point.candidates[0], "microseconds": 1.0}
 
     before = {"bits": 16, "BR": 16, "P": 196, "config": huge, "microseconds": 2.0}
@@ -206,10 +206,10 @@ def test_the_tuner_compiles_in_its_pool_and_writes_as_it_goes(monkeypatch, tmp_p
     monkeypatch.setattr(tune_kernels, "kernel_tables", _with_cache_clear(lambda op, slug: {"forward": [before]}))
     monkeypatch.setattr(tune_kernels, "device_slug", lambda device: "some-gpu")
     monkeypatch.setattr(tune_kernels, "points_of", lambda op: points)
-    monkeypatch.setattr(tune_kernels, "_fastest", fastest)
+    monkeypatch.setattr(tune_kernels, "_measured", fastest)
     monkeypatch.setattr(tune_kernels, "time", SimpleNamespace(monotonic=lambda: now[-1]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    tune_kernels.tune_kernels("lowrank_conv2d", end=1.0)
+    tune_kernels.tune_kernels("lowrank_conv2d", end=600.0)
     assert timed == [[first.candidates[0]]]
     buckets = json.loads(path.read_text())["kernels"]["forward"]
     assert [bucket["P"] for bucket in buckets] == [49, 196]
@@ -226,15 +226,16 @@ def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
     if not triton_launch.interpreting():
         pytest.skip("kernels not run: they need TRITON_INTERPRET=1 or a GPU")
     from inherit_kernels import tune_kernels
+    from inherit_kernels.testing.gpu_timing import check_same
 
     op, used = "gated_lowrank_conv2d", []
     point = next(p for p in tune_kernels.points_of(op) if p.kernel == kernel)
     case = next(case for case in cases_of(op) if case.name == "three_by_three")
     point = point._replace(case=case, candidates=point.candidates[:3])
 
-    def time_on_gpu(candidates):
+    def time_on_gpu(candidates, expected):
         for call in candidates.values():
-            call()
+            check_same(call(), expected)
         medians = {"0": 3.0, "2": 1.0}  # the second failed
         return {name: Timing(value, value, value) for name, value in medians.items()}
 
@@ -249,6 +250,24 @@ def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
     assert {"bits", "BR", "B", "C", "T", "P", "N", "H"} <= set(bucket)
     in_force = [config for name, config in used if name == kernel]
     assert all(config in in_force for config in point.candidates)
+
+
+def test_a_fast_wrong_result_wins_nothing():
+    from inherit_kernels.testing.gpu_timing import check_same
+
+    right = [torch.randn(40, 50), None, torch.randn(3)]
+    check_same([right[0] * 1.01, None, right[2]], right)
+    for wrong in (right[0] * 1.5, right[0].masked_fill(torch.eye(40, 50) > 0, 0.0), right[0] / 0):
+        with pytest.raises(AssertionError, match="off by"):
+            check_same([wrong, None, right[2]], right)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        check_same(right[:2], right)
+
+
+def test_any_beginning_of_a_tuning_run_covers_the_range():
+    for count in (1, 2, 5, 168):
+        assert sorted(tune.spread(range(count))) == list(range(count))
+    assert sorted(itertools.islice(tune.spread(range(168)), 6)) == [0, 32, 64, 96, 128, 160]
 
 
 # --- what is compiled --------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ def supports(problem: Problem) -> str | None:
     sizes = problem.sizes
     if not sizes:
         return "the CUDA kernel is chosen by the size of the map, which is not known beforehand"
+    if not sizes["N"] or not sizes["C"]:
+        return "there is nothing to compute"
     if sizes["P"] > 256 or sizes["R"] > 256 or sizes["H"] > 8 or sizes["R"] % 8 or sizes["C"] % 8:
         return f"the CUDA kernel takes maps and ranks up to 256, up to 8 heads, channels and ranks by 8, not {sizes}"
     sentence = declines_on_cuda(problem, CUDA_DTYPES)

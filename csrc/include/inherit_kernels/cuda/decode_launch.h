@@ -46,6 +46,7 @@ int launch_decode(const LinearCall& c, cudaStream_t stream) {
   DecodeArgs args = decode_args(c);
   bool wide_x = wide_rows(c.x, c.rows > 1 ? c.ld_x : 0, kElement);
   bool wide_down = wide_rows(c.down, c.in, kElement) && wide_x, wide_up = wide_rows(c.up, c.rank, kElement);
+  // decode_up reads weights and residual before it waits for `down`, which is therefore never launched early itself.
   Shape down;
   down.grid = dim3(static_cast<unsigned>(args.splits), static_cast<unsigned>(args.ld_partials / kTileColumns));
   down.block = dim3(kThreads);

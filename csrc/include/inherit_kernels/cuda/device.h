@@ -9,6 +9,7 @@ enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 struct DeviceLimits {
   int capability;  // 90 for compute capability 9.0
   int multiprocessors;
+  int shared_bytes;  // that a CTA may use
 };
 
 // Zeros where the device cannot be asked.

@@ -27,6 +27,7 @@ struct GatedLowrankConv2dCall {
   int dtype;            // kFloat16 or kBFloat16 of device.h, of all tensors
   int activation;       // 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
   int multiprocessors;  // of the device; decides the cluster's size
+  int shared_bytes;     // that a CTA of the device may use
   int cluster;          // of gated_lowrank_conv2d_sm90: CTAs a sample, 1, 2, 4, 8, or 0: chosen
   // Programmatic dependent launch: weights are read before the previous kernel of the stream has ended, so it must not
   // write them.

@@ -105,11 +105,11 @@ __device__ __forceinline__ void mma16816(Accumulator& d, const FragmentA& a, con
 #define INHERIT_KERNELS_MMA(TYPE, NAME)                                                                     \
   template <>                                                                                               \
   __device__ __forceinline__ void mma16816<TYPE>(Accumulator & d, const FragmentA& a, const FragmentB& b) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                              \
-        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                                      \
-        "{%0,%1,%2,%3};"                                                                                    \
-        : "+f"(d.r[0]), "+f"(d.r[1]), "+f"(d.r[2]), "+f"(d.r[3])                                            \
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));                    \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                     \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                             \
+                 "{%0,%1,%2,%3};"                                                                           \
+                 : "+f"(d.r[0]), "+f"(d.r[1]), "+f"(d.r[2]), "+f"(d.r[3])                                   \
+                 : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));           \
   }
 INHERIT_KERNELS_MMA(bf16, "bf16")
 INHERIT_KERNELS_MMA(half16, "f16")
