@@ -44,21 +44,23 @@ def measure(
         inputs = {name: value if value is None else value.requires_grad_() for name, value in inputs.items()}
     tensors, chosen = arguments_of(op, inputs, case)
     problem = problem_of(spec, tensors, chosen, training)
-    candidates = {
-        name: call_of(op, inputs, case.options, name, training)
-        for name, backend in spec.backends.items()
-        if name != "reference" and backend.supports(problem) is None
-    }
-    if len(candidates) < 2:
+    names = [
+        name for name, backend in spec.backends.items() if name != "reference" and backend.supports(problem) is None
+    ]
+    if len(names) < 2:
         return None
-    medians = _medians_on_gpu(candidates) if device == "cuda" else _medians_on_cpu(candidates, seconds)
+    if device == "cuda":
+        medians = _medians_on_gpu(names, lambda name, given: call_of(op, given, case.options, name, training), inputs)
+    else:
+        candidates = {name: call_of(op, inputs, case.options, name, training) for name in names}
+        medians = _medians_on_cpu(candidates, seconds)
     if len(medians) < 2:
         return None
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "training": training,
         "sizes": problem.sizes,
-        "microseconds": {name: round(medians[name], 1) for name in candidates if name in medians},
+        "microseconds": {name: round(medians[name], 1) for name in names if name in medians},
     }
 
 
@@ -87,11 +89,15 @@ def _medians_on_cpu(candidates: dict[str, Callable[[], Any]], seconds: float) ->
     }
 
 
-def _medians_on_gpu(candidates: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    from inherit_kernels.testing.gpu_timing import time_on_gpu
+def _medians_on_gpu(
+    names: Sequence[str], call: Callable[[str, dict[str, Any]], Callable[[], Any]], inputs: dict[str, Any]
+) -> dict[str, float]:
+    from inherit_kernels.testing.gpu_timing import copies_of, time_on_gpu
 
-    expected = candidates["unfused"]() if "unfused" in candidates else None
-    return {name: timing.median for name, timing in time_on_gpu(candidates, expected).items()}
+    sets = copies_of(inputs)
+    expected = call("unfused", inputs)() if "unfused" in names else None
+    timings = time_on_gpu({name: [call(name, given) for given in sets] for name in names}, expected)
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from multiprocessing import TimeoutError as TookTooLong
 from multiprocessing import get_context
@@ -15,17 +14,20 @@ from typing import Any, NamedTuple
 import torch
 
 from inherit_kernels.common import triton_launch
-from inherit_kernels.common.triton_launch import Config, forced_configs, kernel_tables, padded_rank
+from inherit_kernels.common.triton_launch import SHIPPED, Config, forced_configs, kernel_tables, padded_rank
 from inherit_kernels.dispatch import device_slug, problem_of
 from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
-from inherit_kernels.testing.gpu_timing import time_on_gpu
+from inherit_kernels.testing.gpu_timing import copies_of, time_on_gpu
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch, record
 from inherit_kernels.tune import LAYOUTS, replaced, spread, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
 #: Bytes of stack a thread above which a configuration is not timed: a few spilled registers cost less than a smaller tile.
 MOST_STACK = 128
+
+
+MOST_WAITING = 90.0  # seconds for the candidates of one bucket
 
 
 class Point(NamedTuple):
@@ -57,18 +59,19 @@ def tune_kernels(op: str, end: float) -> None:
     major, minor = torch.cuda.get_device_capability()
     compilers = max(1, (os.cpu_count() or 1) - 2)  # this process and the driver need one each
     with get_context("spawn").Pool(compilers) as pool:  # terminated at the end of the block
-        compiled = pool.imap(partial(fitting_candidates, arch=10 * major + minor), points)
-        for point in track(points, description=f"{op} kernels"):
-            try:
-                candidates = compiled.next(timeout=max(0.0, end - time.monotonic()))
-            except TookTooLong:
+        compiled = [pool.apply_async(fitting_candidates, (point, 10 * major + minor)) for point in points]
+        for point, result in track(list(zip(points, compiled, strict=True)), description=f"{op} kernels"):
+            left = end - time.monotonic()
+            if left < 0:
                 break
+            try:
+                candidates = result.get(timeout=min(left, MOST_WAITING))
+            except TookTooLong:  # no time is left, or the compiler was killed and never answers
+                continue
             if bucket := _measured(point._replace(candidates=candidates)):
                 found.setdefault(point.kernel, []).append(bucket)
                 known[point.kernel] = replaced(known.get(point.kernel, []), found[point.kernel])
                 write_table(op, slug, kernels=known)
-            if time.monotonic() > end:
-                break
     kernel_tables.cache_clear()
     triton_launch._config.cache_clear()
     measured = sum(map(len, found.values()))
@@ -85,9 +88,17 @@ def points_of(op: str) -> Iterator[Point]:
             for name, backend in OPS[op].triton_backends.items():
                 for kernel in backend.KERNELS:
                     rank = padded_rank(case.shapes["down"][0])
-                    point = Point(op, name, kernel, case, dtype, backend.tuning_space(kernel, bits, rank))
+                    space = [*shipped_configs(op, kernel, bits, rank), *backend.tuning_space(kernel, bits, rank)]
+                    different = [config for i, config in enumerate(space) if config not in space[:i]]
+                    point = Point(op, name, kernel, case, dtype, different)
                     if backend.supports(_problem(point, make_inputs(op, case, dtype, device="meta"))) is None:
                         yield point
+
+
+def shipped_configs(op: str, kernel: str, bits: int, rank: int) -> list[Config]:
+    """What a machine without a table would use, for any sizes."""
+    buckets = kernel_tables(op, SHIPPED).get(kernel, [])
+    return [b["config"] for b in buckets if b["bits"] == bits and b.get("BR", rank) == rank]
 
 
 def _problem(point: Point, inputs: dict[str, Any]) -> Problem:
@@ -126,17 +137,17 @@ def _measured(point: Point) -> dict[str, Any] | None:
 def _fastest(point: Point) -> dict[str, Any] | None:
     """The bucket of a point with its fastest configuration, or None where none runs."""
     inputs = make_inputs(point.op, point.case, point.dtype, device="cuda", layout=LAYOUTS["cuda"])
-    run = _run_of(point, inputs)
+    runs = [_run_of(point, given) for given in copies_of(inputs)]
 
-    def under(config: Config) -> Callable[[], Any]:
+    def under(config: Config, run: Callable[[str], Any]) -> Callable[[], Any]:
         def call() -> Any:
             with forced_configs({point.kernel: config}):
                 return run(point.backend)
 
         return call
 
-    candidates = {str(i): under(config) for i, config in enumerate(point.candidates)}
-    timings = time_on_gpu(candidates, expected=run("unfused"))
+    candidates = {str(i): [under(config, run) for run in runs] for i, config in enumerate(point.candidates)}
+    timings = time_on_gpu(candidates, expected=runs[0]("unfused"))
     if not timings:
         return None
     best = min(timings, key=lambda name: timings[name].median)

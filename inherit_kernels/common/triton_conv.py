@@ -53,7 +53,7 @@ def conv_tile(
         block += 1
         tap = tl.where(block == blocks, tap + 1, tap)
         block = tl.where(block == blocks, 0, block)
-    return tl.where(m_row[:, None] & m_r[None, :], b_t, 0.0)
+    return tl.where(m_row[:, None] & m_r[None, :], b_t + 0.0, 0.0)  # + 0.0: as in `add_product`
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def sum_tiles(p_partials, o_m, m_row, M, R, SPLIT_K: tl.constexpr, BM: tl.conste
     o_r = tl.arange(0, BR)
     mask = m_row[:, None] & (o_r < R)[None, :]
     b_t = tl.zeros((BM, BR), tl.float32)
-    for split in range(SPLIT_K):
+    for split in tl.range(0, SPLIT_K, loop_unroll_factor=4):  # a loop waits for each load
         o_rows = (o_m + tl.cast(split, tl.int64) * M) * R
         b_t += tl.load(p_partials + o_rows[:, None] + o_r[None, :], mask=mask, other=0.0)
     return b_t

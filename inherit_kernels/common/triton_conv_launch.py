@@ -263,7 +263,7 @@ def sum_partials(partials: Tensor, out: Tensor, taps: int, columns: int, strides
 
 def share_of_programs(config: Config, programs: int, tiles: int) -> int:
     """How many programs share each sum, so that about PROGRAMS run, none without a tile."""
-    return max(1, min(config["PROGRAMS"] // programs, tiles))
+    return max(1, min(config["PROGRAMS"] // max(1, programs), tiles))
 
 
 def without(config: Config, name: str) -> Config:

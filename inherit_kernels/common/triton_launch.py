@@ -156,7 +156,11 @@ def padded_heads(heads: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: "ieee", unless torch's own switch allows TF32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not interpreting()
+    if dtype != torch.float32 or interpreting():
+        return "ieee"
+    switch = torch.backends.cuda.matmul
+    # The older name raises once the newer was set.
+    allowed = switch.fp32_precision == "tf32" if hasattr(switch, "fp32_precision") else switch.allow_tf32
     return "tf32" if allowed else "ieee"
 
 

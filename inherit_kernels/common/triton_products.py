@@ -84,8 +84,9 @@ def weight_gradient(
     if rows == 0 or not (need_out or need_sums):
         return out, sums
     # The split is that of the full problem, so that a gradient asked for alone is the same bit for bit.
-    programs = ceil_div(hint(wide), config["BP"]) * ceil_div(hint(narrow), config["BQ"]) * hint(heads)
-    splits = max(1, min(config["PROGRAMS"] // programs, hint(rows) // config["BM"]))
+    # A power of two: the kernels are compiled for it, and rows may vary from call to call.
+    programs = max(1, ceil_div(hint(wide), config["BP"]) * ceil_div(hint(narrow), config["BQ"]) * hint(heads))
+    splits = power_of_two(min(config["PROGRAMS"] // programs, hint(rows) // config["BM"]))
     if splits == 1:
         _launch_gradient(config, a, b, scale, out, sums, transposed, 1, 0)
         return out, sums
@@ -97,6 +98,11 @@ def weight_gradient(
     _launch_gradient(config, a, b, scale, partial_out, partial_sums, transposed, splits, size + count)
     _sum_partials(partials, out, sums, size, count)
     return out, sums
+
+
+def power_of_two(value: int) -> int:
+    """The largest power of two that is not larger; 1 below."""
+    return 1 << max(value.bit_length() - 1, 0) if value > 0 else 1
 
 
 def _launch_gradient(
@@ -180,27 +186,33 @@ def two_stage_space(bits: int, rank: int) -> list[Config]:
         columns, depth = ((64, 128), 64) if rank <= 128 else ((32, 64), 32)
     else:
         rows, columns, depth = ((32, 64), (32, 64), 32) if rank <= 128 else ((16, 32), (32,), 16)
-    fused = [
+    four = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+    fused = [{**four, "SPLIT_N": split} for split in (1, 2)] if bits == 16 and rank <= 128 else []
+    fused += [
         {"BM": m, "BN": n, "BK": depth, "SPLIT_N": split, "num_warps": 8, "num_stages": stages}
         for m in rows
         for n in columns
         for split, stages in ((1, 2), (1, 3), (2, 3))
     ]
-    split = [
-        {
-            "BM": m,
-            "BN": columns[0],
-            "BK": depth,
-            "BR_TILE": min(rank, tile),
-            "SPLIT_K": split_k,
-            "SPLIT_N": split_n,
-            "num_warps": warps if m == 16 else 8,
-            "num_stages": 2,
-        }
-        for m, tile, split_n, splits in ((16, 16, 0, (4, 8, 16, 32)), (16, 32, 0, (8,)), (rows[0], 64, 8, (2, 4, 8)))
-        for split_k in splits
+    few = [
+        {"BM": 16, "BN": n, "BK": 2 * depth, "BR_TILE": min(rank, tile), "SPLIT_K": split_k, "SPLIT_N": 0}
+        | {"num_warps": warps, "num_stages": stages}
+        for n, tile, split_k, stages in (
+            (columns[0], 16, 8, 2),
+            (columns[0], 16, 16, 2),
+            (columns[0], 16, 32, 2),
+            (columns[0], 32, 8, 2),
+            (32, 16, 8, 3),
+            (32, 16, 16, 3),
+            (32, 16, 32, 3),
+        )
     ]
-    return fused + split
+    split = [
+        {"BM": rows[0], "BN": columns[0], "BK": depth, "BR_TILE": min(rank, 64), "SPLIT_K": split_k, "SPLIT_N": split_n}
+        | {"num_warps": 8, "num_stages": 2}
+        for split_k, split_n in ((2, 8), (4, 8), (8, 8), (4, 32), (8, 0))
+    ]
+    return fused + few + split
 
 
 def gradient_space(bits: int, rank: int) -> list[Config]:

@@ -50,7 +50,7 @@ def make_inputs(
 
     Args:
         layout: "contiguous"; "strided", where no tensor of two or more elements a row is contiguous; "channels_last",
-            which concerns 4-D x and residual.
+            which concerns 4-D tensors.
 
     Returns:
         name -> tensor, None for an optional tensor that the case leaves out, in the op's argument order.
@@ -64,7 +64,7 @@ def make_inputs(
             continue
         depth = {"down": _product(shape[1:]), "up": shape[-1], "gate_weight": shape[-1]}.get(name, 1)
         value = torch.randn(shape, generator=generator, dtype=torch.float64, device=device) / max(depth, 1) ** 0.5
-        tensors[name] = _laid_out(value.to(dtype), layout, is_image=name in ("x", "residual"))
+        tensors[name] = _laid_out(value.to(dtype), layout)
     return tensors
 
 
@@ -84,13 +84,13 @@ def generator_on(device: torch.device | str, seed: int) -> torch.Generator | Non
     return None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
 
-def _laid_out(value: Tensor, layout: str, is_image: bool) -> Tensor:
+def _laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "strided" and value.dim() > 0:
         wide = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 1), float("nan"))
         view = wide[..., 1::2]
         view.copy_(value)
         return view
-    if layout == "channels_last" and is_image and value.dim() == 4:
+    if layout == "channels_last" and value.dim() == 4:
         return value.clone(memory_format=torch.channels_last)
     return value.contiguous()
 

@@ -35,6 +35,7 @@ class Resources:
     mma: int
     loads16: int  # 16-byte loads and asynchronous copies
     loads: int  # all of them
+    serialised: str  # the codes of ptxas's warnings that it makes each wgmma wait for the one before, or ""
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
@@ -67,7 +68,22 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         loads16=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg", ptx)),
         loads=len(re.findall(r"\bld\.global|cp\.async\.c[ag]", ptx)),
+        serialised=_serialised(ptx, arch) if "wgmma.mma_async" in ptx else "",
     )
+
+
+def _serialised(ptx: str, arch: int) -> str:
+    """What ptxas says of the wgmma instructions: C7510 to C7517, a reason each; the just-in-time compiler drops it."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [str(tool), f"-arch=sm_{arch}a", "-o", "/dev/null"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command.append(file.name)
+        found = subprocess.run(command, capture_output=True, text=True)
+    return " ".join(sorted(set(re.findall(r"C751\d", found.stdout + found.stderr))))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -234,8 +234,9 @@ def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
     point = point._replace(case=case, candidates=point.candidates[:3])
 
     def time_on_gpu(candidates, expected):
-        for call in candidates.values():
-            check_same(call(), expected)
+        for first, second in candidates.values():
+            check_same(first(), expected)
+            second()
         medians = {"0": 3.0, "2": 1.0}  # the second failed
         return {name: Timing(value, value, value) for name, value in medians.items()}
 
@@ -244,6 +245,7 @@ def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
         conv_launch, "config_for", lambda op, name, *a: used.append((name, configure(op, name, *a))) or used[-1][1]
     )
     monkeypatch.setattr(tune_kernels, "time_on_gpu", time_on_gpu)
+    monkeypatch.setattr(tune_kernels, "copies_of", lambda inputs: [inputs, dict(inputs)])
     monkeypatch.setattr(tune_kernels, "make_inputs", lambda *a, device, **more: make_inputs(*a, **more))
     bucket = tune_kernels._fastest(point)
     assert bucket["config"] == point.candidates[2] and bucket["microseconds"] == 1.0
