@@ -12,11 +12,6 @@ from inherit_kernels.common.triton_launch import Config, ceil_div, hint, launch,
 SUM_BLOCK = 1024
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """`[..., C]` as `[M, C]`, a view where the strides allow it."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
 def options_of(config: Config) -> Config:
     """The options of a configuration that are Triton's own."""
     return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}

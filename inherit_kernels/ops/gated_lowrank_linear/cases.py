@@ -47,6 +47,7 @@ CASES = [
     case("deep", (40,), 4500, 40, 24, 3),
     case("no_bias", (33,), 16, 16, 16, 2, gate_bias=False, bias=False),
     case("empty", (0,), 12, 14, 3, 3, residual=True, activation="relu"),
+    case("empty_depth", (3,), 0, 5, 2, 2),
     case("empty_inside", (3, 0), 12, 14, 3, 2),
 ]
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
+from inherit_kernels.common.rows import rows_of
 from inherit_kernels.common.triton_launch import Config, ceil_div, config_for, declines, launch, padded_rank, precision
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
     partial_product,
-    rows_of,
     two_stage_space,
     weight_gradient,
 )

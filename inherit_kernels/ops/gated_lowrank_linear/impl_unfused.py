@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, side_by_side, softmax_backward
+from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
@@ -60,7 +61,7 @@ def backward(
 ) -> Sequence[Tensor | None]:
     need_x, need_down, need_up, need_gate_weight, need_gate_bias, need_bias = needs
     heads, _, rank = up.shape
-    dz, t, rows = dz.reshape(-1, dz.shape[-1]), t.reshape(-1, rank), x.reshape(-1, x.shape[-1])
+    dz, t, rows = rows_of(dz), rows_of(t), rows_of(x)
     exact_g = exact_gate_of(t, gate_weight, gate_bias)
     g = exact_g.to(t.dtype)
     d_up = d_bias = None

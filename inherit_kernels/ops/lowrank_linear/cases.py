@@ -34,6 +34,7 @@ CASES = [
     case("deep", (40,), 4500, 40, 24),
     case("no_bias", (33,), 16, 16, 16, bias=False),
     case("empty", (0,), 12, 14, 3, residual=True, activation="relu"),
+    case("empty_depth", (3,), 0, 5, 2),
     case("empty_inside", (3, 0), 12, 14, 3),
 ]
 

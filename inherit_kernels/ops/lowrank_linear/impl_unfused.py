@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inherit_kernels.common.activation import activate
+from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
@@ -43,7 +44,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     need_x, need_down, need_up, need_bias = needs
-    dz_rows, t_rows, x_rows = dz.reshape(-1, dz.shape[-1]), t.reshape(-1, t.shape[-1]), x.reshape(-1, x.shape[-1])
+    dz_rows, t_rows, x_rows = rows_of(dz), rows_of(t), rows_of(x)
     dt = dz_rows @ up if need_x or need_down else None
     return (
         (dt @ down).view(x.shape) if need_x else None,
