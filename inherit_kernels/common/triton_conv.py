@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inherit_kernels.common.kernels_triton import settled
+
 
 @triton.jit
 def window_rows(o_b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw):
@@ -22,13 +24,25 @@ def window_rows(o_b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw):
 
 
 @triton.jit
+def conv_steps(C, KH: tl.constexpr, KW: tl.constexpr, BK: tl.constexpr, FEW: tl.constexpr):
+    """How many steps `conv_tile` takes in all."""
+    if FEW:
+        return tl.cdiv(KH * KW * C, BK)
+    else:  # noqa: RET505 - Triton would compile what follows too
+        return KH * KW * tl.cdiv(C, BK)
+
+
+@triton.jit
 def conv_tile(
     p_x, o_rows, o_y, o_x, m_row, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w, begin, end,
-    KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, FEW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """t `[BM, BR]` in float32 over the steps begin to end; a step is a block of BK channels at one tap.
 
-    Columns beyond R and rows outside `m_row` are zero, also where x or down holds infinities.
+    FEW, for channels of which a block would hold few: a step is BK columns of `down`, whatever their taps. A first layer
+    of 3 channels and 7×7 taps takes 3 steps of 64 so, not 49. Columns beyond R and rows outside `m_row` are zero, also
+    where x or down holds infinities.
     """
     o_r = tl.arange(0, BR)
     m_r = o_r < R
@@ -37,23 +51,37 @@ def conv_tile(
     tap = begin // blocks
     block = begin - tap * blocks
     b_t = tl.zeros((BM, BR), tl.float32)
-    for _ in range(begin, end):
-        o_c = block * BK + tl.arange(0, BK)
-        m_c = o_c < C
-        y = (tap // KW) * dil_h
-        x = (tap % KW) * dil_w
-        m_in = m_row & (o_y + y >= 0) & (o_y + y < Hi) & (o_x + x >= 0) & (o_x + x < Wi)
-        o_tap = y.to(tl.int64) * s_xh + x.to(tl.int64) * s_xw
-        p_xs = p_x + (o_rows + o_tap)[:, None] + o_c.to(tl.int64)[None, :] * s_xc
-        b_x = tl.load(p_xs, mask=m_in[:, None] & m_c[None, :], other=0.0)  # [BM, BK]
-        o_k = (tap * C + o_c).to(tl.int64)
+    for step in range(begin, end):
+        if FEW:
+            o_k = (step * BK + tl.arange(0, BK)).to(tl.int32)
+            o_tap = o_k // C
+            m_k = o_tap < KH * KW
+            y = ((o_tap // KW) * dil_h)[None, :]
+            x = ((o_tap % KW) * dil_w)[None, :]
+            o_y2, o_x2 = o_y[:, None] + y, o_x[:, None] + x
+            m_x = m_row[:, None] & (o_y2 >= 0) & (o_y2 < Hi) & (o_x2 >= 0) & (o_x2 < Wi) & m_k[None, :]
+            o_column = y.to(tl.int64) * s_xh + x.to(tl.int64) * s_xw + (o_k - o_tap * C).to(tl.int64)[None, :] * s_xc
+            p_xs = p_x + o_rows[:, None] + o_column
+        else:
+            o_c = block * BK + tl.arange(0, BK)
+            m_k = o_c < C
+            y = (tap // KW) * dil_h
+            x = (tap % KW) * dil_w
+            m_in = m_row & (o_y + y >= 0) & (o_y + y < Hi) & (o_x + x >= 0) & (o_x + x < Wi)
+            o_tap = y.to(tl.int64) * s_xh + x.to(tl.int64) * s_xw
+            p_xs = p_x + (o_rows + o_tap)[:, None] + o_c.to(tl.int64)[None, :] * s_xc
+            m_x = m_in[:, None] & m_k[None, :]
+            o_k = tap * C + o_c
+        b_x = tl.load(p_xs, mask=m_x, other=0.0)  # [BM, BK]
+        o_k = o_k.to(tl.int64)
         p_downs = p_down + o_r.to(tl.int64)[:, None] * s_dr + o_k[None, :] * s_dk
-        b_down = tl.load(p_downs, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BK]
+        b_down = tl.load(p_downs, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
         b_t = tl.dot(b_x, tl.trans(b_down), b_t, input_precision=PRECISION)
-        block += 1
-        tap = tl.where(block == blocks, tap + 1, tap)
-        block = tl.where(block == blocks, 0, block)
-    return tl.where(m_row[:, None] & m_r[None, :], b_t + 0.0, 0.0)  # + 0.0: as in `add_product`
+        if not FEW:
+            block += 1
+            tap = tl.where(block == blocks, tap + 1, tap)
+            block = tl.where(block == blocks, 0, block)
+    return tl.where(m_row[:, None] & m_r[None, :], settled(b_t, p_x.dtype.element_ty), 0.0)
 
 
 @triton.jit
@@ -73,7 +101,7 @@ def conv_partials_kernel(
     p_x, p_down, p_partials, M, P, Wo, R, C, Hi, Wi, s_h, s_w, pad_h, pad_w, dil_h, dil_w,
     s_xb, s_xc, s_xh, s_xw, s_dr, s_dk,
     KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partials of t `[SPLIT_K, M, R]`, each over its share of the taps and channels: for few output positions."""
     pid = tl.program_id(0).to(tl.int64)
@@ -82,13 +110,13 @@ def conv_partials_kernel(
     m_row = o_m < M
     o_b = o_m // P
     o_rows, o_y, o_x = window_rows(o_b, o_m - o_b * P, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
-    steps = KH * KW * tl.cdiv(C, BK)
+    steps = conv_steps(C, KH, KW, BK, FEW)
     share = tl.cdiv(steps, SPLIT_K)
     begin = tl.minimum(split * share, steps)
     end = tl.minimum(begin + share, steps)
     b_t = conv_tile(
         p_x, o_rows, o_y, o_x, m_row, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
-        begin, end, KW, BM, BR, BK, PRECISION,
+        begin, end, KH, KW, BM, BR, BK, FEW, PRECISION,
     )  # fmt: skip
     o_r = tl.arange(0, BR)
     p_ts = p_partials + ((o_m + split.to(tl.int64) * M) * R)[:, None] + o_r[None, :]

@@ -94,13 +94,22 @@ class Geometry:
         return self.kh * self.kw
 
     @property
+    def few_channels(self) -> bool:
+        """Whether 16-byte loads of channels would be mostly padding."""
+        return hint(self.channels) < 16
+
+    @property
     def windows(self) -> tuple[int, ...]:
         return (*self.stride, *self.padding, *self.dilation)
 
     def config(self, op: str, kernel: str, x: Tensor) -> Config:
         letters = {"B": self.batch, "C": self.channels, "T": self.taps, "P": self.positions}
         letters |= {"N": self.outputs, "H": self.heads, "M": self.rows}  # M: of the shipped tables
-        return config_for(op, kernel, x.dtype, x.device, {"BR": padded_rank(self.rank), **letters})
+        config = config_for(op, kernel, x.dtype, x.device, {"BR": padded_rank(self.rank), **letters})
+        if self.few_channels and kernel in ("forward", "forward_down", "single_pass") and "BK" in config:
+            # Each element of a step has an address of its own: at 64 columns they spilled 136 bytes a thread.
+            return config | {"BK": 32 if x.element_size() == 2 else 16}
+        return config
 
 
 def partial_sums(x: Tensor, matrix: Tensor, geometry: Geometry, config: Config) -> Tensor:
@@ -120,6 +129,7 @@ def partial_sums(x: Tensor, matrix: Tensor, geometry: Geometry, config: Config) 
         BR=padded_rank(g.rank),
         BK=config["BK"],
         SPLIT_K=splits,
+        FEW=g.few_channels,
         PRECISION=precision(x.dtype),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],

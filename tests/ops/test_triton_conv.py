@@ -110,9 +110,20 @@ def test_ranks(op, rank):
         ((1, 6), (1, 2), {"stride": (5, 1), "padding": (2, 0)}),
     ),
 )
-def test_geometries(op, size, kernel, options):
-    case = case_of(op, (2,), 3, size, 5, 4, kernel, residual=True, **options)
+@pytest.mark.parametrize("channels", (17, pytest.param(3, marks=pytest.mark.slow)))
+def test_geometries(op, size, kernel, options, channels):
+    case = case_of(op, (2,), channels, size, 5, 4, kernel, residual=True, **options)
     check(op, case, torch.float32, "contiguous" if op == "lowrank_conv2d" else "channels_last", split_k=2)
+
+
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("channels", (1, 3, pytest.param(15, marks=pytest.mark.slow)))
+def test_blocks_of_several_taps(op, channels):
+    """Few channels: a step of 16 columns begins and ends within taps, and the last is not full."""
+    case = case_of(op, (2,), channels, (8, 7), 5, 4, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+    for layout in ("contiguous", "channels_last"):
+        check(op, case, torch.bfloat16, layout, split_k=2)
 
 
 @interpreted
@@ -252,6 +263,28 @@ def test_shipped_configurations_fit_the_hardware(op, kernel, bucket, arch, keep_
         adds_only = kernel == "forward_down" and config["SPLIT_K"] > 1 and "partials" not in found.kernel
         if bucket["bits"] == 16 and arch == 90 and config.get("BM", 0) >= 64 and not adds_only:
             assert found.wgmma > 0, found
+
+
+@compiled
+@pytest.mark.parametrize("bits", (16, 32))
+@pytest.mark.parametrize(
+    "rank", (16, pytest.param(32, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow))
+)
+@pytest.mark.parametrize("op", OPS)
+def test_a_first_layer_fits_the_hardware(op, bits, rank, keep_resources):
+    from inherit_kernels.testing.triton_compile import compile_launch
+
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    case = case_of(op, (32,), 3, (224, 224), 64, rank, (7, 7), residual=True, stride=2, padding=3)
+    launches = {launch.kernel.__name__: launch for launch in record(op, case, dtype, {})}
+    for name in [name for name in launches if "_fwd_" in name or "single_pass" in name or "windows" in name]:
+        for arch in (80, 90):
+            found = compile_launch(launches[name], arch)
+            keep_resources(found, bits=bits, BR=rank, M="3 channels")
+            assert not found.serialised, found
+            # 8 bytes in a kernel of 80 registers: the frame of a call, not a spill.
+            assert found.stack == 0 or (found.stack == 8 and found.registers < 128), found
+            assert found.shared <= 163 * 1024, found
 
 
 @compiled

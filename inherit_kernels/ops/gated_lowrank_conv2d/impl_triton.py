@@ -107,6 +107,7 @@ def _forward_down(x: Tensor, matrix: Tensor, t: Tensor, g: Geometry) -> Tensor:
         KH=g.kh,
         KW=g.kw,
         BR=padded_rank(g.rank),
+        FEW=g.few_channels,
         PRECISION=precision(x.dtype),
         **config,
     )

@@ -38,6 +38,7 @@ from inherit_kernels.registry import Problem
 OP = impl_triton.OP
 KERNELS = ("windows", "single_pass")
 MAX_TAPS = 128  # rows of the windows kernel's accumulator
+SUMS_16, SUMS_32 = 64 * 64, 16 * 64  # elements of that accumulator in the two widths: above, registers were spilled
 MAX_RANK_32 = 128  # at 256 the float32 tiles of t and of up spilled 88 bytes a thread at the best of six tilings
 
 checks_arguments = False
@@ -105,6 +106,7 @@ def forward(
         KW=g.kw,
         BR=padded_rank(g.rank),
         BH=padded_heads(g.heads),
+        FEW=g.few_channels,
         PRECISION=precision(x.dtype),
         **config,
     )
@@ -119,6 +121,10 @@ def _sums_of_t(x: Tensor, matrix: Tensor, g: Geometry) -> Tensor:
     )
 
     config = g.config(OP, "windows", x)
+    taps = padded_rank(g.taps)
+    # The accumulator [taps, BC] and what it is made from stay in registers; a first layer has few channels.
+    most = (SUMS_16 if x.element_size() == 2 else SUMS_32) // taps
+    config = config | {"BC": max(16, min(config["BC"], most, padded_rank(g.channels)))}
     c_tiles, tiles = ceil_div(g.channels, config["BC"]), ceil_div(g.height * g.width, config["BP"])
     splits = share_of_programs(config, hint(g.batch * c_tiles), hint(tiles))
     windows = torch.empty((g.batch, splits, g.taps, g.channels), dtype=torch.float32, device=x.device)
@@ -129,7 +135,7 @@ def _sums_of_t(x: Tensor, matrix: Tensor, g: Geometry) -> Tensor:
         *(c_tiles, splits, ceil_div(tiles, splits)),
         KH=g.kh,
         KW=g.kw,
-        BT=padded_rank(g.taps),
+        BT=taps,
         PRECISION=precision(x.dtype),
         **without(config, "PROGRAMS"),
     )

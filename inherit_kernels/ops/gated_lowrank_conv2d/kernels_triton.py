@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inherit_kernels.common.triton_conv import conv_tile, sum_tiles, window_rows
+from inherit_kernels.common.triton_conv import conv_steps, conv_tile, sum_tiles, window_rows
 from inherit_kernels.common.triton_functions import activate, column, softmax_heads
 
 
@@ -15,7 +15,7 @@ def gated_lowrank_conv2d_fwd_down_kernel(
     p_x, p_down, p_partials, p_t, p_sums, M, P, Wo, R, C, Hi, Wi, s_h, s_w, pad_h, pad_w, dil_h, dil_w,
     s_xb, s_xc, s_xh, s_xw, s_dr, s_dk, s_tb, s_tr, s_tp, tiles,
     KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """t of BM positions of one sample, and its sums over them `[B, tiles, R]`, from which the gate follows."""
     pid = tl.program_id(0).to(tl.int64)
@@ -26,7 +26,7 @@ def gated_lowrank_conv2d_fwd_down_kernel(
         o_rows, o_y, o_x = window_rows(b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
         b_t = conv_tile(
             p_x, o_rows, o_y, o_x, m_row, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
-            0, KH * KW * tl.cdiv(C, BK), KW, BM, BR, BK, PRECISION,
+            0, conv_steps(C, KH, KW, BK, FEW), KH, KW, BM, BR, BK, FEW, PRECISION,
         )  # fmt: skip
     else:
         b_t = sum_tiles(p_partials, b * P + o_p, m_row, M, R, SPLIT_K, BM, BR)
@@ -154,6 +154,8 @@ def gated_lowrank_conv2d_windows_kernel(
     o_top = ((o_tap // KW) * dil_h - pad_h)[:, None]
     o_left = ((o_tap % KW) * dil_w - pad_w)[:, None]
     m_tap = (o_tap < KH * KW)[:, None]
+    # A tap visits positions whose remainders by the strides are its own: divisions of rows and columns, not of pairs.
+    top_rest, left_rest = (o_top % s_h + s_h) % s_h, (o_left % s_w + s_w) % s_w
     count = tl.cast(Hi, tl.int64) * Wi
     begin = (part - b * splits) * share
     b_sums = tl.zeros((BT, BC), tl.float32)
@@ -164,7 +166,9 @@ def gated_lowrank_conv2d_windows_kernel(
         y = o_y.to(tl.int32)[None, :] - o_top  # of the window's first tap, [BT, BP]
         x = o_x.to(tl.int32)[None, :] - o_left
         m_visit = m_tap & (o_p < count)[None, :] & (y >= 0) & (y < Ho * s_h) & (x >= 0) & (x < Wo * s_w)
-        b_visit = tl.where(m_visit & (y % s_h == 0) & (x % s_w == 0), 1.0, 0.0)
+        m_visit &= (o_y.to(tl.int32) % s_h)[None, :] == top_rest
+        m_visit &= (o_x.to(tl.int32) % s_w)[None, :] == left_rest
+        b_visit = tl.where(m_visit, 1.0, 0.0)
         m_p = tl.max(b_visit, 0) > 0
         p_xs = p_x + (b * s_xb + o_y * s_xh + o_x * s_xw)[:, None] + o_c[None, :] * s_xc
         b_x = tl.load(p_xs, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [BP, BC]
@@ -203,7 +207,7 @@ def gated_lowrank_conv2d_single_pass_kernel(
     s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, tiles,
     ACTIVATION: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BH: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM positions of one sample whose sums of t `[B, R]` are known: t stays on chip, up is merged as it is read."""
     pid = tl.program_id(0).to(tl.int64)
@@ -212,7 +216,7 @@ def gated_lowrank_conv2d_single_pass_kernel(
     o_rows, o_y, o_x = window_rows(b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
     b_t = conv_tile(
         p_x, o_rows, o_y, o_x, o_p < P, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
-        0, KH * KW * tl.cdiv(C, BK), KW, BM, BR, BK, PRECISION,
+        0, conv_steps(C, KH, KW, BK, FEW), KH, KW, BM, BR, BK, FEW, PRECISION,
     )  # fmt: skip
     b_t = b_t.to(p_x.dtype.element_ty)
     b_g = gate_of_sample(p_sums, p_gate_weight, p_gate_bias, b, 1, P, R, H, s_gh, s_gr, s_gb, HAS_GATE_BIAS, BH, 1, 32)

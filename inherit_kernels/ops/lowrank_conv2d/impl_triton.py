@@ -102,6 +102,7 @@ def _forward(
         KH=g.kh,
         KW=g.kw,
         BR=padded_rank(g.rank),
+        FEW=g.few_channels,
         PRECISION=precision(x.dtype),
         **config,
     )

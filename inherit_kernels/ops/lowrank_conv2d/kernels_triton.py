@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inherit_kernels.common.triton_conv import conv_tile, sum_tiles, window_rows
+from inherit_kernels.common.triton_conv import conv_steps, conv_tile, sum_tiles, window_rows
 from inherit_kernels.common.triton_functions import activate
 
 
@@ -16,7 +16,7 @@ def lowrank_conv2d_fwd_kernel(
     s_xb, s_xc, s_xh, s_xw, s_dr, s_dk, s_un, s_ur, s_bn, s_rb, s_rn, s_rp, s_tb, s_tr, s_tp, s_yb, s_yn, s_yp,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STORE_T: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT_N: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_N: tl.constexpr, SPLIT_K: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """t stays on chip: BM outputs (sample, position) by the whole rank, then times `up` in tiles of BN channels.
 
@@ -32,7 +32,7 @@ def lowrank_conv2d_fwd_kernel(
         o_rows, o_y, o_x = window_rows(o_b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
         b_t = conv_tile(
             p_x, o_rows, o_y, o_x, m_row, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
-            0, KH * KW * tl.cdiv(C, BK), KW, BM, BR, BK, PRECISION,
+            0, conv_steps(C, KH, KW, BK, FEW), KH, KW, BM, BR, BK, FEW, PRECISION,
         )  # fmt: skip
     else:
         b_t = sum_tiles(p_partials, o_m, m_row, M, R, SPLIT_K, BM, BR)
