@@ -23,6 +23,7 @@ from inherit_kernels.registry import Problem
 
 checks_arguments = True
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
+SHARED_BYTES = 164 * 1024  # of compute capability 8.0; 8.6 and 8.9 have 100 KB, less than the tiles of any map
 SERVES = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}
 PROVEN = {"cpu": CPU_PROOF, "cuda": f"{CUDA_PROOF}; backward: the unfused one"}
 
@@ -38,9 +39,13 @@ def supports(problem: Problem) -> str | None:
     if sizes["P"] > 256 or sizes["R"] > 256 or sizes["H"] > 8 or sizes["R"] % 8 or sizes["C"] % 8:
         return f"the CUDA kernel takes maps and ranks up to 256, up to 8 heads, channels and ranks by 8, not {sizes}"
     sentence = declines_on_cuda(problem, CUDA_DTYPES)
-    if sentence is None and sizes["R"] > 128 and torch.cuda.get_device_capability(problem.device)[0] != 9:
+    if sentence is not None:
+        return sentence
+    if torch.cuda.get_device_properties(problem.device).shared_memory_per_multiprocessor < SHARED_BYTES:
+        return "the CUDA kernel takes a device with 164 KB of shared memory a multiprocessor"
+    if sizes["R"] > 128 and torch.cuda.get_device_capability(problem.device)[0] != 9:
         return f"ranks above 128 take a device with clusters (compute capability 9), not {sizes['R']}"
-    return sentence
+    return None
 
 
 def _channels_last(*images: Tensor | None) -> list[Tensor | None]:
