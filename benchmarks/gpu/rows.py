@@ -79,7 +79,9 @@ def commit_or_digest() -> str:
     digest = hashlib.sha256()
     for folder in ("csrc", "inherit_kernels", "benchmarks"):
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h") or (path.suffix == ".json" and "configs" in path.parts):
+            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h") or (
+                path.suffix == ".json" and "configs" in path.parts
+            ):
                 digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return f"tree-{digest.hexdigest()[:8]}"
 
