@@ -95,6 +95,24 @@ def test_padded_rank():
     assert [padded_rank(rank) for rank in (1, 16, 17, 64, 65, 512)] == [16, 16, 32, 64, 128, 512]
 
 
+def test_tf32_where_torchs_switch_allows_it_by_either_name(monkeypatch):
+    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        for name, value, expected in (
+            ("allow_tf32", True, "tf32"),
+            ("allow_tf32", False, "ieee"),
+            ("fp32_precision", "tf32", "tf32"),  # after it, the older name raises
+            ("fp32_precision", "ieee", "ieee"),
+        ):
+            setattr(switch, name, value)
+            assert triton_launch.precision(torch.float32) == expected
+            assert triton_launch.precision(torch.bfloat16) == "ieee"
+    finally:
+        switch.fp32_precision = before
+
+
 def test_what_is_declined_says_why(monkeypatch):
     problem = Problem("lowrank_linear", torch.bfloat16, CUDA, {"R": 512}, (), False)
     assert declines(problem) is None
