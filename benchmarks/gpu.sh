@@ -70,8 +70,8 @@ first_calls() { # what hangs or is wrong at once shows here, not after minutes
   done
 }
 
-tests() { # seconds
-  local files extra=() code
+tests() { # seconds arguments of pytest…
+  local files extra=() code seconds=$1 && shift
   mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
   if [ -n "$rehearse" ]; then
     extra+=(--gpu-rehearsal)
@@ -81,13 +81,13 @@ tests() { # seconds
   # A thread ends the process: a signal does not reach one that waits for the device.
   "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && extra+=(--timeout 90 --timeout-method=thread)
   # The repository's own options are replaced, so that a plugin which is not here cannot matter.
-  OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 timeout -s INT -k 45 "$1" "$PYTHON" -m pytest -o addopts= \
+  OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 timeout -s INT -k 45 "$seconds" "$PYTHON" -m pytest -o addopts= \
     --import-mode=importlib -m gpu -p no:cacheprovider -v --tb=short -rfE \
-    "${extra[@]}" "${rest[@]}" "${files[@]}" >"$logs/check.txt" 2>&1
+    "${extra[@]}" "$@" "${files[@]}" >"$logs/check.txt" 2>&1
   code=$?
   tail -n 40 "$logs/check.txt" | cut -c1-300
   [ $code -eq 0 ] || [ $code -eq 124 ] || failed=1
-  [ $code -eq 124 ] && echo "tests: stopped after $1 s, the rest was not run"
+  [ $code -eq 124 ] && echo "tests: stopped after $seconds s, the rest was not run"
   echo "tests: exit $code, skipped: $(grep -Eo '[0-9]+ skipped' "$logs/check.txt" | tail -1)"
 }
 
@@ -163,7 +163,7 @@ main() {
   case $part in
     check)
       first_calls
-      tests $(($(left) * 3 / 5))
+      tests $(($(left) * 3 / 5)) "${rest[@]}"
       sanitize
       ;;
     tune) tune "$(left)" ;;
