@@ -46,7 +46,9 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     if kernel == "forward":
         return space
     for config in space:
-        if "BR_TILE" in config:  # the partials of the gate's gradient, one a rank tile, are added up in one unrolled sum
+        if (
+            "BR_TILE" in config
+        ):  # the partials of the gate's gradient, one a rank tile, are added up in one unrolled sum
             config["BR_TILE"] = max(config["BR_TILE"], BR // 4)
     return [{**config, "CHUNK": chunk} for config in space[::2] for chunk in (512, 2048)]
 
