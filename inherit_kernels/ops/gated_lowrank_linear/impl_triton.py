@@ -45,10 +45,9 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     space = two_stage_space(bits, BR)
     if kernel == "forward":
         return space
+    # The partials of the gate's gradient, one a rank tile, are added up in one unrolled sum.
     for config in space:
-        if (
-            "BR_TILE" in config
-        ):  # the partials of the gate's gradient, one a rank tile, are added up in one unrolled sum
+        if "BR_TILE" in config:
             config["BR_TILE"] = max(config["BR_TILE"], BR // 4)
     return [{**config, "CHUNK": chunk} for config in space[::2] for chunk in (512, 2048)]
 
