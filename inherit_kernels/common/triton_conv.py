@@ -41,7 +41,7 @@ def conv_tile(
     """t `[BM, BR]` in float32 over the steps begin to end; a step is a block of BK channels at one tap.
 
     FEW, for channels of which a block would hold few: a step is BK columns of `down`, whatever their taps. A first layer
-    of 3 channels and 7×7 taps takes 3 steps of 64 so, not 49. Columns beyond R and rows outside `m_row` are zero, also
+    of 3 channels and 7×7 taps takes 5 steps of 32 so, not 49. Columns beyond R and rows outside `m_row` are zero, also
     where x or down holds infinities.
     """
     o_r = tl.arange(0, BR)
