@@ -277,4 +277,5 @@ def share_of_programs(config: Config, programs: int, tiles: int) -> int:
 
 
 def without(config: Config, name: str) -> Config:
+    """A configuration but for one of its values, which is no argument of the kernel."""
     return {key: value for key, value in config.items() if key != name}

@@ -14,9 +14,8 @@ MOST_REPEATS = 50
 MOST_COPIES = 64
 PROBE = 5  # calls of the graph from which the repeats follow: called from Python, a call of 5 µs takes 20 to 100
 AHEAD = 200_000  # cycles, about 100 µs, that the device waits while a replay is enqueued
-TOLERANCE = (
-    0.3  # of the largest element: a race or an unwritten tile shows, cancellation in 16 bits (0.11 seen) does not
-)
+# Of the largest element: a race or an unwritten tile shows, cancellation in 16 bits (0.11 seen) does not.
+TOLERANCE = 0.3
 
 
 def time_on_gpu(

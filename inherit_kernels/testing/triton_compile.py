@@ -73,7 +73,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 
 def _serialised(ptx: str, arch: int) -> str:
-    """What ptxas says of the wgmma instructions: C7510 to C7517, a reason each; the just-in-time compiler drops it."""
+    """What ptxas says of the wgmma instructions: C7510 to C7519, a reason each; the just-in-time compiler drops it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
