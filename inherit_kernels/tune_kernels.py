@@ -23,7 +23,7 @@ from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch,
 from inherit_kernels.tune import LAYOUTS, replaced, spread, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
-#: Bytes of stack a thread above which a configuration is not timed: a few spilled registers cost less than a smaller tile.
+#: Bytes of stack a thread above which a configuration is not timed; below, its time decides.
 MOST_STACK = 128
 
 
