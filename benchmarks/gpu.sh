@@ -16,6 +16,15 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
+# ptxas 12.8, which triton 3.6 and 3.7 run for Hopper, computes wrong gradients (inherit_kernels/testing/machine_code.py);
+# the one that they bring for Blackwell is newer. Caches that were filled ahead must have been filled with the same one.
+if [ -z "${TRITON_PTXAS_PATH:-}" ]; then
+  newer=$("$PYTHON" -c 'import pathlib, triton.backends.nvidia.compiler as c
+old = c.get_ptxas(90)
+if tuple(map(int, old.version.split(".")[:2])) < (12, 9): print(pathlib.Path(old.path).with_name("ptxas-blackwell"))' 2>/dev/null)
+  [ -x "$newer" ] && export TRITON_PTXAS_PATH=$newer && echo "TRITON_PTXAS_PATH=$newer"
+fi
+
 part=all minutes=9 rehearse="" rest=()
 case "${1:-}" in all | check | sweep | tune) part=$1 && shift ;; esac
 while [ $# -gt 0 ]; do

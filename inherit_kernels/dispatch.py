@@ -115,9 +115,17 @@ def _decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
         if backend is None or sentence is not None:
             raise ValueError(f"backend {forced!r} cannot serve {problem}: {sentence}")
         return forced
-    candidates = [name for name, backend in spec.backends.items() if backend.supports(problem) is None]
+    candidates = [
+        name for name, backend in spec.backends.items() if not (backend.supports(problem) or doubt(backend, problem))
+    ]
     unmeasured = "unfused" if problem.device.type == "cuda" else candidates[0]
     return measured_choice(problem, candidates)[0] or unmeasured
+
+
+def doubt(backend: Backend, problem: Problem) -> str | None:
+    """Why only force may choose a backend that can serve the problem, or None; few backends have a `doubts` to ask."""
+    doubts = getattr(backend, "doubts", None)
+    return doubts(problem) if doubts else None
 
 
 # --- measured tables ---------------------------------------------------------------------------------------------------
@@ -182,6 +190,7 @@ class Explanation:
 
     problem: Problem
     declined: dict[str, str | None]  # backend -> sentence, None where it can serve
+    doubted: dict[str, str]  # backend -> why only force chooses it
     choice: str
     reason: str
 
@@ -189,7 +198,8 @@ class Explanation:
         lines = [str(self.problem)]
         for name, sentence in self.declined.items():
             mark = "->" if name == self.choice else "  "
-            lines.append(f"{mark} {name:<18}{'can serve' if sentence is None else 'declines: ' + sentence}")
+            served = f"can serve if forced: {self.doubted[name]}" if name in self.doubted else "can serve"
+            lines.append(f"{mark} {name:<18}{served if sentence is None else 'declines: ' + sentence}")
         return "\n".join([*lines, f"choice: {self.choice} ({self.reason})"])
 
     __repr__ = __str__
@@ -222,12 +232,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     training = torch.is_grad_enabled() and autograd.needs_gradient(tensors)
     problem = problem_of(spec, tensors, options, training)
     declined = {name: backend.supports(problem) for name, backend in spec.backends.items()}
+    doubted = {name: sentence for name, backend in spec.backends.items() if (sentence := doubt(backend, problem))}
     forced = forced_backend()
     choice = _decide(spec, problem, forced)
     if forced is not None:
         reason = "forced by use_backend or INHERIT_KERNELS_BACKEND"
     else:
-        candidates = [name for name, sentence in declined.items() if sentence is None]
+        candidates = [name for name, sentence in declined.items() if sentence is None and name not in doubted]
         entry = measured_choice(problem, candidates)[1]
         slug = device_slug(problem.device)
         reason = (
@@ -235,4 +246,4 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
             if entry is None
             else f"fastest of the nearest measured bucket {entry['sizes']} on {slug}: {entry['microseconds']} µs"
         )
-    return Explanation(problem, declined, choice, reason)
+    return Explanation(problem, declined, doubted, choice, reason)

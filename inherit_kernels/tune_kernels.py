@@ -107,7 +107,7 @@ def _problem(point: Point, inputs: dict[str, Any]) -> Problem:
 
 
 def fitting_candidates(point: Point, arch: int) -> list[Config]:
-    """The candidates that compile for the architecture, within its shared memory and with MOST_STACK at most."""
+    """The candidates that compile, and rightly, for the architecture, within its shared memory and MOST_STACK."""
     return [config for config in point.candidates if _fits(point, config, arch)]
 
 
@@ -120,7 +120,7 @@ def _fits(point: Point, config: Config, arch: int) -> bool:
         print(f"left out: {point.kernel} {config}: {str(problem).splitlines()[:1]}")
         return False
     limit = SHARED_LIMIT.get(arch, SHARED_LIMIT[80])
-    return all(kernel.stack <= MOST_STACK and kernel.shared <= limit for kernel in used)
+    return all(kernel.stack <= MOST_STACK and kernel.shared <= limit and not kernel.undefined for kernel in used)
 
 
 def _measured(point: Point) -> dict[str, Any] | None:

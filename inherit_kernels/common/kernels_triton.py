@@ -147,7 +147,9 @@ def weight_gradient_kernel(
     """out[h, p, q] = Σ_m scale[m, h] a[m, p] b[m, q], and the column sums Σ_m scale[m, h] a[m, p].
 
     Grid: SPLIT_M × tiles of P × heads × tiles of Q, the last fastest, so that programs side by side read the same rows
-    of a. The column sums are one more product, with the scale (or ones) as the only column of a 16-wide operand.
+    of a. The column sums are added up in float32 by ordinary instructions. As a second product, whose operand took the
+    shared memory of the first one's, ptxas 12.8 (triton 3.6) computed them from descriptors that nothing had written:
+    `testing/machine_code.py`.
     """
     pid = tl.program_id(0).to(tl.int64)
     tiles_q = tl.cdiv(Q, BQ) if STORE_OUT else 1
@@ -170,24 +172,24 @@ def weight_gradient_kernel(
     o_b = o_m[:, None] * stride_bm + o_q[None, :] * stride_bq  # [BM, BQ]
     step_a, step_b, step_scale = BM * widen(stride_am), BM * widen(stride_bm), BM * widen(H)
     dtype: tl.constexpr = p_b.dtype.element_ty
-    o_s = tl.arange(0, 16)[None, :]
 
     b_out = tl.zeros([BP, BQ], tl.float32)
-    b_sums = tl.zeros([BP, 16], tl.float32)
+    b_sums = tl.zeros([BP], tl.float32)
     for m in range(0, depth, BM):
         m_m = o_m < depth - m
-        b_a = tl.load(p_a + o_a, mask=m_p[:, None] & m_m[None, :], other=0.0).to(dtype)
-        b_scale = tl.full([BM], 1.0, tl.float32)
+        b_a = tl.load(p_a + o_a, mask=m_p[:, None] & m_m[None, :], other=0.0)
         if HAS_SCALE:
             b_scale = tl.load(p_scale + o_m * H, mask=m_m, other=0.0)
         if STORE_OUT:
             b_b = tl.load(p_b + o_b, mask=m_m[:, None] & m_q[None, :], other=0.0)
             if HAS_SCALE:
                 b_b = (b_b.to(tl.float32) * b_scale[:, None]).to(dtype)
-            b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
+            b_out = tl.dot(b_a.to(dtype), b_b, b_out, input_precision=PRECISION)
         if STORE_SUMS:
-            b_column = tl.where(o_s == 0, b_scale[:, None], 0.0).to(dtype)  # [BM, 16]
-            b_sums = tl.dot(b_a, b_column, b_sums, input_precision=PRECISION)
+            b_terms = b_a.to(tl.float32)
+            if HAS_SCALE:
+                b_terms *= b_scale[None, :]
+            b_sums += tl.sum(b_terms, 1)
         p_a += step_a
         p_b += step_b
         p_scale += step_scale
@@ -199,7 +201,7 @@ def weight_gradient_kernel(
     if STORE_SUMS:  # noqa: SIM102
         if tile_q == 0:
             p_sums += split * stride_split + head * P + tile_p * BP
-            tl.store(p_sums + o_p[:, None] + o_s, b_sums.to(p_sums.dtype.element_ty), mask=m_p[:, None] & (o_s == 0))
+            tl.store(p_sums + o_p, b_sums.to(p_sums.dtype.element_ty), mask=m_p)
 
 
 @triton.jit

@@ -70,6 +70,42 @@ def declines(problem: Problem) -> str | None:
     return None
 
 
+#: The first release of ptxas whose machine code passes `testing/machine_code.py`; triton 3.8 is the first to bring it.
+SOUND_PTXAS = (12, 9)
+
+
+def assembler_fault(problem: Problem) -> str | None:
+    """One sentence if Triton's ptxas is one that breaks wgmma products which share their memory, or None.
+
+    ptxas 12.8 takes descriptors of such operands from a register that nothing has written: `testing/machine_code.py`.
+    """
+    if (
+        problem.device.type != "cuda"
+        or problem.dtype == torch.float32
+        or interpreting()
+        or not torch.cuda.is_available()
+    ):
+        return None
+    if torch.cuda.get_device_capability(problem.device)[0] != 9:
+        return None
+    path, release = _assembler()
+    if release >= SOUND_PTXAS:
+        return None
+    return (
+        f"ptxas {'.'.join(map(str, release))} ({path}) computes several products of one kernel wrongly on compute capability "
+        "9.0: install triton >= 3.8, or set TRITON_PTXAS_PATH to a ptxas of CUDA 12.9 or later"
+    )
+
+
+@cache
+def _assembler() -> tuple[str, tuple[int, ...]]:
+    """The path and the release of the ptxas that Triton runs for compute capability 9.0."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(90)
+    return tool.path, tuple(map(int, tool.version.split(".")[:2]))
+
+
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **keywords: Any) -> None:
     """Start a Triton kernel; while tracing, put it into the graph; while recording, only note it."""
     recorded = _recording.get()

@@ -17,6 +17,7 @@ import torch
 from inherit_kernels.common.triton_launch import Launch, recording
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
+from inherit_kernels.testing.machine_code import undefined_reads
 
 #: Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -36,6 +37,9 @@ class Resources:
     loads16: int  # 16-byte loads and asynchronous copies
     loads: int  # all of them
     serialised: str  # the codes of ptxas's warnings that it makes each wgmma wait for the one before, or ""
+    undefined: (
+        str  # instructions with a descriptor or address that nothing computes (`machine_code`), of wgmma kernels, or ""
+    )
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
@@ -56,8 +60,9 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     bound, specialised, rest = bind(*launch.args, **launch.keywords)
     options, *described = kernel._pack_args(backend, launch.keywords, bound, specialised, rest)
     compiled = triton.compile(ASTSource(kernel, *described), target=target, options=options.__dict__)
-    ptx = compiled.asm["ptx"]
-    registers, stack = _usage(compiled.asm["cubin"])
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    registers, stack = _usage(cubin)
+    has_wgmma = "wgmma.mma_async" in ptx
     return Resources(
         kernel=launch.kernel.__name__,
         arch=arch,
@@ -68,39 +73,44 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         loads16=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg", ptx)),
         loads=len(re.findall(r"\bld\.global|cp\.async\.c[ag]", ptx)),
-        serialised=_serialised(ptx, arch) if "wgmma.mma_async" in ptx else "",
+        serialised=_serialised(ptx, arch) if has_wgmma else "",
+        undefined="; ".join(undefined_reads(_cuobjdump(cubin, "-sass"))) if has_wgmma else "",  # 0.7 s
     )
 
 
 def _serialised(ptx: str, arch: int) -> str:
     """What ptxas says of the wgmma instructions: C7510 to C7519, a reason each; the just-in-time compiler drops it."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [str(tool), f"-arch=sm_{arch}a", "-o", "/dev/null"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command.append(file.name)
+        command = [_tool("ptxas"), f"-arch=sm_{arch}a", "-o", "/dev/null", file.name]
         found = subprocess.run(command, capture_output=True, text=True)
     return " ".join(sorted(set(re.findall(r"C751\d", found.stdout + found.stderr))))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes a thread."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _cuobjdump(cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if not found:
         raise RuntimeError(f"cuobjdump reported no resources: {text!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("cuobjdump"), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _tool(name: str) -> str:
+    """One of the programs in Triton's package."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def record(

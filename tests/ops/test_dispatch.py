@@ -180,3 +180,23 @@ def test_a_gpu_without_a_table_takes_the_unfused_form(op, monkeypatch):
         monkeypatch.setattr(backend, "supports", lambda problem: None)
     problem = Problem(op, torch.bfloat16, torch.device("cuda"), {"M": 8, "B": 8}, (), False)
     assert dispatch._decide(OPS[op], problem, None) == "unfused"
+
+
+def test_what_no_gpu_has_proven_is_chosen_by_force_alone(monkeypatch):
+    """Its backward was wrong on an H200; a table that found it fastest chose it."""
+    op = "gated_lowrank_linear"
+    sizes = {"M": 64, "K": 64, "N": 64, "R": 16, "H": 2}
+    times = {"triton": 1.0, "unfused": 2.0, "reference": 3.0}
+    entry = {"dtype": "bfloat16", "sizes": sizes, "microseconds": times}
+    table = [{**entry, "training": training} for training in (False, True)]
+    monkeypatch.setattr(dispatch, "_table", lambda op, slug: table)
+    monkeypatch.setattr(dispatch, "device_slug", lambda device: "nvidia-h200")
+    for backend in OPS[op].backends.values():
+        monkeypatch.setattr(backend, "supports", lambda problem: None)
+    inference, training = (Problem(op, torch.bfloat16, torch.device("cuda"), sizes, (None,), t) for t in (False, True))
+    assert dispatch._decide(OPS[op], inference, None) == "triton"
+    assert dispatch._decide(OPS[op], training, None) == "unfused"
+    assert dispatch._decide(OPS[op], training, "triton") == "triton"
+    assert "wrong on an H200" in dispatch.doubt(OPS[op].backends["triton"], training)
+    explanation = dispatch.Explanation(training, {"triton": None}, {"triton": "it is Sunday"}, "unfused", "")
+    assert "triton            can serve if forced: it is Sunday" in str(explanation)

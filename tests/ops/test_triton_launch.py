@@ -126,6 +126,26 @@ def test_what_is_declined_says_why(monkeypatch):
     assert "compute capability 8.0" in declines(problem)
 
 
+def test_an_assembler_that_breaks_products_is_declined(monkeypatch):
+    """ptxas 12.8 gave a wrong d_bias on an H200."""
+    backend = OPS["gated_lowrank_linear"].backends["triton"]
+    problem = Problem("gated_lowrank_linear", torch.bfloat16, CUDA, {"R": 16}, (), True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_launch, "_assembler", lambda: ("/bin/ptxas", (12, 8)))
+    assert "ptxas 12.8 (/bin/ptxas)" in backend.supports(problem) and "TRITON_PTXAS_PATH" in backend.supports(problem)
+    assert backend.supports(replace(problem, training=False)) is None
+    assert backend.supports(replace(problem, dtype=torch.float32)) is None  # no wgmma
+    monkeypatch.setattr(triton_launch, "_assembler", lambda: ("/bin/ptxas", (12, 9)))
+    assert backend.supports(problem) is None
+
+
+def test_the_assembler_of_this_triton_is_sound():
+    path, release = triton_launch._assembler()
+    assert "ptxas" in path and release >= triton_launch.SOUND_PTXAS
+
+
 # --- the tuner ---------------------------------------------------------------------------------------------------------
 
 

@@ -303,6 +303,7 @@ def check_resources(op: str, kernel: str, entry: dict, arch: int, keep_resources
         keep_resources(found, bits=entry["bits"], BR=entry["BR"], M=entry.get("M"))
         assert found.stack == 0
         assert not found.serialised
+        assert not found.undefined
         assert found.shared <= SHARED_LIMIT[80]  # the same table serves both
         assert found.loads16 > 0
         if entry["bits"] == 16:

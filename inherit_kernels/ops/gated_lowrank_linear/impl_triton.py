@@ -15,7 +15,16 @@ from torch import Tensor
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.rows import rows_of
-from inherit_kernels.common.triton_launch import Config, ceil_div, config_for, declines, launch, padded_rank, precision
+from inherit_kernels.common.triton_launch import (
+    Config,
+    assembler_fault,
+    ceil_div,
+    config_for,
+    declines,
+    launch,
+    padded_rank,
+    precision,
+)
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
@@ -33,7 +42,14 @@ KERNELS = ("forward", "backward_dx", "weight_gradient", "gate_gradient")
 
 
 def supports(problem: Problem) -> str | None:
-    return declines(problem)
+    return declines(problem) or (assembler_fault(problem) if problem.training else None)
+
+
+def doubts(problem: Problem) -> str | None:
+    """Why an automatic choice leaves alone what can serve: its backward was wrong on the only GPU it has run on."""
+    if problem.training and problem.device.type == "cuda":
+        return "its backward was wrong on an H200 (triton 3.6) and has not run on a GPU since it was mended"
+    return None
 
 
 def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
