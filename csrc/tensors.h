@@ -44,6 +44,40 @@ inline void check_dims(const Tensor& tensor, const char* name, int64_t dims) {
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ", tensor.dim());
 }
 
+// What the kernels' 64-bit arithmetic is safe with: no size, stride, padding or dilation above kMostSize, no tensor of
+// more than kMostElements. An expanded tensor or a packed call's numbers may claim any size without having memory.
+constexpr int64_t kMostSize = (int64_t{1} << 31) - 1, kMostElements = int64_t{1} << 48;
+
+inline int64_t check_size(int64_t value, const char* name, int64_t least) {
+  STD_TORCH_CHECK(value >= least && value <= kMostSize, name, ": expected ", least, " to ", kMostSize, ", got ", value);
+  return value;
+}
+
+inline int64_t check_elements(Expected sizes, const char* name) {
+  int64_t count = 1;
+  for (size_t k = 0; k < sizes.count; ++k) {
+    bool overflow = __builtin_mul_overflow(count, std::max<int64_t>(sizes.data[k], 1), &count);
+    STD_TORCH_CHECK(!overflow && count <= kMostElements, name, ": more than 2^48 elements");
+  }
+  return count;
+}
+
+struct Geometry {
+  int64_t stride[2], padding[2], dilation[2];
+};
+
+// The extent of a convolution's output along dimension d, 0 of rows, 1 of columns.
+inline int64_t output_size(int64_t size, int64_t kernel, const Geometry& g, int d) {
+  check_size(size, "x", 0);
+  check_size(kernel, "down", 1);
+  check_size(g.stride[d], "stride", 1);
+  check_size(g.padding[d], "padding", 0);
+  check_size(g.dilation[d], "dilation", 1);
+  int64_t room = size + 2 * g.padding[d] - g.dilation[d] * (kernel - 1) - 1;
+  STD_TORCH_CHECK(room >= 0, "x: smaller than down's kernel");
+  return room / g.stride[d] + 1;
+}
+
 // The number of rows of [..., cols], also where cols is 0.
 inline int64_t row_count(const Sizes& sizes) {
   int64_t rows = 1;

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
 from inherit_kernels.common.activation import activate_outside
+from inherit_kernels.common.checks import check_shape, check_tensors
 from inherit_kernels.common.conv import in_format, memory_format_of
 from inherit_kernels.common.triton_launch import tracing
 from inherit_kernels.dispatch import _forced, forced_backend, remember, select, select_traced
@@ -230,6 +231,29 @@ def _arguments(kind: str, args: Sequence[Any]) -> tuple[list[Any], str | None]:
     return arguments, forced
 
 
+def _check_needs(spec: OpSpec, arguments: Sequence[Any], needs: Sequence[bool]) -> None:
+    """`needs` of a backward called as an operator names every tensor but the residual, and asks for none that is not there."""
+    names = spec.tensors[:-1]
+    if len(needs) != len(names):
+        raise ValueError(f"needs: expected one value for each of {', '.join(names)}; got {len(needs)}")
+    for name, value, need in zip(names, arguments, needs, strict=False):
+        if need and value is None:
+            raise ValueError(f"needs: asks for the gradient of {name}, which is None")
+
+
+def _check_upstream(spec: OpSpec, dz: Tensor, t: Tensor, arguments: Sequence[Any]) -> None:
+    """dz and t of a backward called as an operator fit its other arguments; remembered as in `check_once`."""
+    described = [(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in (dz, t, *arguments)]
+    signature = ("backward", *[tuple(part) if isinstance(part, list) else part for part in described])
+    if signature in spec.checked:
+        return
+    check_tensors({spec.tensors[0]: arguments[0], "dz": dz, "t": t}, {})
+    outputs = spec.fake(*[a.to("meta") if isinstance(a, Tensor) else a for a in arguments])
+    for name, given, made, of in zip(("dz", "t"), (dz, t), outputs, ("y", "t"), strict=True):
+        check_shape(name, given, list(made.shape), f"that of the forward's {of}")
+    remember(spec.checked, signature, True)
+
+
 def _run(kind: str, backend: Backend, args: Sequence[Any]) -> Any:
     """One of the three operators on a backend."""
     if kind == "":
@@ -263,7 +287,11 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
     def kernel_of(kind: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
             arguments, forced = _arguments(kind, args)
+            if kind == "_backward":
+                _check_needs(spec, arguments, args[-2])
             spec.check(*arguments)
+            if kind == "_backward":
+                _check_upstream(spec, args[0], args[1], arguments)
             return _run(kind, select(spec, *spec.split(arguments), kind != "", forced), args)
 
         return kernel

@@ -59,10 +59,6 @@ inline DownView down_view(Tensor& down, Dtype dtype) {
   return {down.data_ptr(), dtype, down.stride(0), taps_inner};
 }
 
-struct Geometry {
-  int64_t stride[2], padding[2], dilation[2];
-};
-
 struct GateTensors {
   Tensor weight;  // [H, R]
   OptionalTensor bias;
@@ -91,19 +87,21 @@ inline ConvShape conv_shape(const Tensor& x, const ConvWeights& w, int64_t heads
   s.out = w.out;
   s.heads = heads;
   int64_t sizes[2] = {s.height = x.size(2), s.width = x.size(3)}, outputs[2];
-  STD_TORCH_CHECK(s.channels >= 1 && s.rank >= 1 && s.heads >= 1 && w.kernel[0] >= 1 && w.kernel[1] >= 1,
-                  "down: needs at least one channel, one rank, one head and one tap");
+  check_size(s.channels, "down: channels", 1);
+  check_size(s.rank, "rank", 1);
+  check_size(s.heads, "up: heads", 1);
+  check_size(s.out, "up: channels out", 0);
   for (int d = 0; d < 2; ++d) {
     s.kernel[d] = w.kernel[d];
     s.stride[d] = g.stride[d];
     s.padding[d] = g.padding[d];
     s.dilation[d] = g.dilation[d];
-    STD_TORCH_CHECK(g.stride[d] >= 1 && g.padding[d] >= 0 && g.dilation[d] >= 1,
-                    "stride, padding, dilation: too small");
-    int64_t room = sizes[d] + 2 * g.padding[d] - g.dilation[d] * (w.kernel[d] - 1) - 1;
-    STD_TORCH_CHECK(room >= 0, "x: smaller than the kernel");
-    outputs[d] = room / g.stride[d] + 1;
+    outputs[d] = output_size(sizes[d], w.kernel[d], g, d);
   }
+  check_elements({s.batch, s.channels, s.height, s.width}, "x");
+  check_elements({s.rank, s.channels, s.kernel[0], s.kernel[1]}, "down");
+  check_elements({s.heads, s.out, s.rank}, "up");
+  check_elements({s.batch, std::max(s.rank, s.out), outputs[0], outputs[1]}, "output");
   s.out_height = outputs[0];
   s.out_width = outputs[1];
   return s;

@@ -29,8 +29,14 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const Gate& gate,
   Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
   check_dims(gate.weight, "gate_weight", 2);
+  check_size(rank, "rank", 1);
+  check_size(out, "out_features", 0);
+  check_elements(sizes_of(x), "x");
   Sizes y_sizes = sizes_of(x), t_sizes = y_sizes;
-  int64_t in = y_sizes.back(), heads = gate.weight.size(0);
+  int64_t in = check_size(y_sizes.back(), "x: its last dimension", 0);
+  int64_t heads = check_size(gate.weight.size(0), "gate_weight: heads", 1);
+  check_elements({rank, in}, "down");
+  check_elements({heads, out, rank + 1}, "up");
   y_sizes.back() = out;
   t_sizes.back() = rank;
   check_gate(gate, heads, rank, out, dtype);
@@ -101,7 +107,9 @@ SixTensors gated_lowrank_linear_backward(Tensor dz, Tensor x, Tensor t, Tensor d
   check_dims(down, "down", 2);
   check_dims(up, "up", 3);
   Sizes x_sizes = sizes_of(x), z_sizes = x_sizes, t_sizes = x_sizes;
-  int64_t in = x_sizes.back(), rank = down.size(0), heads = up.size(0), out = up.size(1);
+  int64_t in = check_size(x_sizes.back(), "x: its last dimension", 0);
+  int64_t rank = down.size(0), heads = up.size(0), out = up.size(1);
+  check_elements(x_sizes, "x");
   z_sizes.back() = out;
   t_sizes.back() = rank;
   check(down, "down", {rank, in}, dtype);

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> pack_conv2d(Tensor down, Tensor up) {
   Dtype dtype = dtype_of(down, "down");
   bool gated = up.dim() == 3;
   ConvWeights w = plain_weights(down, up, gated ? 3 : 2);
+  check(down, "down", sizes_of(down), dtype);  // before sizes are multiplied
   int64_t heads = gated ? up.size(0) : 1, channels = down.size(1), taps = w.kernel[0] * w.kernel[1];
-  check(down, "down", sizes_of(down), dtype);
   check(up, "up", gated ? Sizes{heads, w.out, w.rank} : Sizes{w.out, w.rank}, dtype);
   Tensor panels_down = empty_cpu({down_panels_size(k, w.rank, channels, taps)}, Dtype::kFloat32);
   Tensor panels_up = empty_cpu({up_panels_size(k, heads, w.out, w.rank)}, Dtype::kFloat32);

@@ -16,9 +16,13 @@ Result forward(Tensor x, const Tensor& down, const Tensor& up, const OptionalTen
   Runtime runtime = cpu_runtime();
   Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
-  STD_TORCH_CHECK(rank >= 1, "rank: must be at least 1");
+  check_size(rank, "rank", 1);
+  check_size(out, "out_features", 0);
+  check_elements(sizes_of(x), "x");
   Sizes y_sizes = sizes_of(x), t_sizes = y_sizes;
-  int64_t in = y_sizes.back();
+  int64_t in = check_size(y_sizes.back(), "x: its last dimension", 0);
+  check_elements({rank, in}, "down");
+  check_elements({out, rank + 1}, "up");
   y_sizes.back() = out;
   t_sizes.back() = rank;
   LinearForward f{};
@@ -80,9 +84,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward(Tensor dz, Te
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x: expected a cpu tensor of at least one dimension");
   check_dims(down, "down", 2);
   check_dims(up, "up", 2);
-  STD_TORCH_CHECK(down.size(0) >= 1, "rank: must be at least 1");
+  check_size(down.size(0), "rank", 1);
+  check_elements(sizes_of(x), "x");
   Sizes x_sizes = sizes_of(x), z_sizes = x_sizes, t_sizes = x_sizes;
-  int64_t in = x_sizes.back(), rank = down.size(0), out = up.size(0);
+  int64_t in = check_size(x_sizes.back(), "x: its last dimension", 0), rank = down.size(0), out = up.size(0);
   z_sizes.back() = out;
   t_sizes.back() = rank;
   check(down, "down", {rank, in}, dtype);

@@ -18,6 +18,7 @@ Tensor pack_panels(Tensor weight, OptionalTensor bias) {
   source.heads = heads ? weight.size(0) : 1;
   source.outputs = weight.size(heads);
   source.rank = weight.size(heads + 1);
+  check_elements({source.heads, source.outputs, source.rank + 1}, "weight");
   source.up = heads ? heads_view(weight, dtype) : HeadsView{matrix_view(weight, dtype), 0};
   Sizes expected = heads ? Sizes{source.heads, source.outputs} : Sizes{source.outputs};
   check(bias, "bias", expected, dtype);

@@ -28,6 +28,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 
 inline void check(const Tensor& tensor, const char* name, Expected expected, Dtype dtype) {
   check_shape(tensor, name, expected);
+  check_elements(expected, name);
   STD_TORCH_CHECK(dtype_of(tensor, name) == dtype, name, ": dtype differs from x");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": device must be cpu");
 }
@@ -38,6 +39,7 @@ inline void check(const OptionalTensor& tensor, const char* name, Expected expec
 
 // Uninitialised, contiguous (or with the given strides), on the CPU.
 inline Tensor empty_cpu(const Sizes& sizes, Dtype dtype, Sizes strides = {}) {
+  int64_t count = check_elements(sizes, "output");
   if (strides.empty()) {
     strides.resize(sizes.size());
     int64_t stride = 1;
@@ -47,10 +49,11 @@ inline Tensor empty_cpu(const Sizes& sizes, Dtype dtype, Sizes strides = {}) {
     }
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  auto error =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                dtype == Dtype::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+                               aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == 0, "not enough memory for ", count, " elements");
   return Tensor(handle);
 }
 

@@ -30,14 +30,6 @@ const void* channels_last(Tensor& tensor, const char* name) {
   return tensor.data_ptr();
 }
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-struct Geometry {
-  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-};
-
 std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Tensor gate_weight,
                                            OptionalTensor gate_bias, OptionalTensor bias, OptionalTensor residual,
                                            const Geometry& g, int64_t activation, bool saving) {
@@ -46,9 +38,8 @@ std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Ten
   check_dims(up, "up", 3);
   Context context(x);
   int64_t heads = up.size(0), out = up.size(1), rank = down.size(0);
-  int64_t height = output_size(x.size(2), down.size(2), g.stride_h, g.padding_h, g.dilation_h);
-  int64_t width = output_size(x.size(3), down.size(3), g.stride_w, g.padding_w, g.dilation_w);
-  STD_TORCH_CHECK(height >= 1 && width >= 1, "x: smaller than down's kernel");
+  int64_t height = output_size(x.size(2), down.size(2), g, 0), width = output_size(x.size(3), down.size(3), g, 1);
+  check_elements({x.size(0), std::max(out, rank), height, width}, "output");
   check(down, "down", {rank, x.size(1), down.size(2), down.size(3)}, x);
   check(up, "up", {heads, out, rank}, x);
   check(gate_weight, "gate_weight", {heads, rank}, x);
@@ -75,16 +66,16 @@ std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Ten
   call.heads = heads;
   call.height = static_cast<int>(x.size(2));
   call.width = static_cast<int>(x.size(3));
-  call.out_height = static_cast<int>(height);
-  call.out_width = static_cast<int>(width);
+  call.out_height = static_cast<int>(check_size(height, "output", 0));
+  call.out_width = static_cast<int>(check_size(width, "output", 0));
   call.kernel_height = static_cast<int>(down.size(2));
   call.kernel_width = static_cast<int>(down.size(3));
-  call.stride_height = static_cast<int>(g.stride_h);
-  call.stride_width = static_cast<int>(g.stride_w);
-  call.padding_height = static_cast<int>(g.padding_h);
-  call.padding_width = static_cast<int>(g.padding_w);
-  call.dilation_height = static_cast<int>(g.dilation_h);
-  call.dilation_width = static_cast<int>(g.dilation_w);
+  call.stride_height = static_cast<int>(g.stride[0]);
+  call.stride_width = static_cast<int>(g.stride[1]);
+  call.padding_height = static_cast<int>(g.padding[0]);
+  call.padding_width = static_cast<int>(g.padding[1]);
+  call.dilation_height = static_cast<int>(g.dilation[0]);
+  call.dilation_width = static_cast<int>(g.dilation[1]);
   call.dtype = dtype_code(x, "x");
   call.activation = activation_code(activation);
   call.multiprocessors = context.limits.multiprocessors;
@@ -106,7 +97,7 @@ std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Ten
 Tensor output(Tensor x, Tensor down, Tensor up, Tensor gate_weight, OptionalTensor gate_bias, OptionalTensor bias,
               OptionalTensor residual, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
               int64_t dilation_h, int64_t dilation_w, int64_t activation) {
-  Geometry geometry = {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
   return std::get<0>(forward(x, down, up, gate_weight, gate_bias, bias, residual, geometry, activation, false));
 }
 
@@ -114,7 +105,7 @@ std::tuple<Tensor, Tensor> output_and_t(Tensor x, Tensor down, Tensor up, Tensor
                                         OptionalTensor bias, OptionalTensor residual, int64_t stride_h,
                                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
                                         int64_t dilation_w, int64_t activation) {
-  Geometry geometry = {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+  Geometry geometry{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
   auto [y, t] = forward(x, down, up, gate_weight, gate_bias, bias, residual, geometry, activation, true);
   return {y, *t};
 }

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inherit_kernels.common.conv import as_pair
+
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+MOST_POSITIONS = 2**40  # of an output image
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -19,7 +22,7 @@ def check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None
     """Every argument is a floating tensor, and all share the dtype and the device of the first.
 
     Raises:
-        TypeError: an argument is not a tensor, or its dtype is unsupported or differs.
+        TypeError: an argument is not a tensor, or not a dense one, or its dtype is unsupported or differs.
         ValueError: an argument lives on another device.
     """
     for name, value in required.items():
@@ -35,6 +38,10 @@ def check_tensors(required: dict[str, Tensor], optional: dict[str, Tensor | None
     (first_name, first), *others = given.items()
     if first.dtype not in DTYPES:
         raise TypeError(f"{first_name}: dtype {first.dtype} is not supported; expected one of {_join(DTYPES)}")
+    for name, value in given.items():
+        if value.layout != torch.strided or value.is_nested:
+            found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise TypeError(f"{name}: expected an ordinary dense tensor, got {found}; convert it, as by .to_dense()")
     for name, value in others:
         if value.dtype != first.dtype:
             raise TypeError(
@@ -74,14 +81,18 @@ def check_rank(name: str, value: Tensor, minimum: int, maximum: int | None = Non
 
 
 def check_conv(x: Tensor, down: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
-    """x `[B, C, Hi, Wi]` and down `[R, C, kh, kw]` fit, and the output has a size.
+    """x `[B, C, Hi, Wi]` and down `[R, C, kh, kw]` fit, the pairs are in their bounds, and the output has a size.
 
     Raises:
-        ValueError: wrong ranks or channels, or a kernel larger than the padded input.
+        ValueError: wrong ranks or channels, a kernel larger than the padded input, numbers out of their bounds, or more
+            positions than any memory holds.
     """
     check_rank("x", x, 4, 4)
     check_rank("down", down, 4, 4)
     check_shape("down", down, ["R", x.shape[1], "kh", "kw"], f"[R, C, kh, kw], C from x's shape {list(x.shape)}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        as_pair(name, value, least)
+    positions = 1
     for i, side in enumerate(("height", "width")):
         padded = x.shape[2 + i] + 2 * padding[i]
         reach = dilation[i] * (down.shape[2 + i] - 1) + 1
@@ -90,6 +101,12 @@ def check_conv(x: Tensor, down: Tensor, stride: Sequence[int], padding: Sequence
                 f"x: its padded {side} {padded} is smaller than down's dilated kernel {reach}; "
                 "expected at least the kernel's size"
             )
+        positions *= (padded - reach) // stride[i] + 1
+    if isinstance(positions, int) and positions > MOST_POSITIONS:  # of a traced size nothing is asked
+        raise ValueError(
+            f"padding: {tuple(padding)} makes an output of {positions} positions an image, more than any memory holds; "
+            f"expected at most {MOST_POSITIONS}"
+        )
 
 
 def check_activation(activation: str | None) -> None:

@@ -11,20 +11,23 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 Pair = tuple[int, int]
+MOST = 2**31 - 1  # of a stride, padding or dilation: what kernels compute with in 64 bits
 
 
 def as_pair(name: str, value: int | Sequence[int], minimum: int) -> Pair:
-    """`value` as a pair of ints, each at least `minimum`.
+    """`value` as a pair of ints, each at least `minimum` and at most 2³¹ - 1.
 
     Raises:
         TypeError: neither an int nor two ints.
-        ValueError: one of them is below `minimum`.
+        ValueError: one of them is out of these bounds.
     """
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or not all(isinstance(item, int) and not isinstance(item, bool) for item in pair):
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
     if min(pair) < minimum:
         raise ValueError(f"{name}: expected values of at least {minimum}, got {value!r}")
+    if max(pair) > MOST:
+        raise ValueError(f"{name}: expected values of at most {MOST}, got {value!r}")
     return pair
 
 

@@ -12,8 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import inherit_kernels
+from inherit_kernels.dispatch import problem_of
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing import cases_of, make_inputs
+from inherit_kernels.testing.cases import arguments_of
 
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -155,3 +157,34 @@ def test_flops_are_counted_with_heads_merged(op):
     assert count(lambda: getattr(inherit_kernels, op)(*inputs.values(), **options)) == expected
     leaves = [v if v is None else v.requires_grad_() for v in inputs.values()]
     assert count(lambda: getattr(inherit_kernels, op)(*leaves, **options).sum().backward()) == 3 * expected
+
+
+@pytest.mark.parametrize("backend", ("native", "unfused", "reference", "triton"))
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_checks_what_its_forward_would_have_given(op, backend):
+    """Under Triton's interpreter a t of another shape corrupted the heap."""
+    spec = OPS[op]
+    case = cases_of(op)[2]
+    tensors, options = arguments_of(op, make_inputs(op, case, torch.float32), case)
+    if spec.backends[backend].supports(problem_of(spec, tensors, options, True)) is not None:
+        pytest.skip(f"not proven: {backend} declines here")
+    y, t = spec.backends["unfused"].forward_saving(*tensors, *options[:-1], None)
+    operator = getattr(torch.ops.inherit_kernels, f"{op}_backward").default
+    needs = [tensor is not None for tensor in tensors[:-1]]
+
+    def backward(dz=y, t=t, needs=needs):
+        return operator(dz, t, *tensors[:-1], *options[:-1], None, needs, backend)
+
+    assert len(backward()) == sum(needs)
+    for wrong, error in (
+        ({"t": t[..., :1]}, "t: expected shape"),
+        ({"t": t.double()}, "t: dtype"),
+        ({"dz": y[:1]}, "dz: expected shape"),
+        ({"dz": y.double()}, "dz: dtype"),
+        ({"needs": needs[:-1]}, "needs: expected one value for each of x, down"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            backward(**wrong)
+    if None in tensors[:-1]:
+        with pytest.raises(ValueError, match="needs: asks for the gradient of .*, which is None"):
+            backward(needs=[True] * len(needs))
