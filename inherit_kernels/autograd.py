@@ -167,6 +167,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: OpSpec, backend: Backend, options: tuple[Any, ...], *tensors: Any) -> Tensor:
         y, t = backend.forward_saving(*tensors, *options)
+        # torch's linear of three dimensions with a bias gives a view, and no view that a Function returns can be written into.
+        if y._is_view():
+            y = y.data
         ctx.spec, ctx.backend, ctx.options = spec, backend, options
         ctx.save_for_backward(*tensors[:-1], t, y if options[-1] == "relu" else None)
         return y

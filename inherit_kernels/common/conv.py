@@ -131,9 +131,11 @@ def first_stage_backward(
     dx, d_down, _ = torch.ops.aten.convolution_backward(
         dt, used, down, None, stride, left, dilation, False, (0, 0), 1, (need_x, need_down, False)
     )
-    if need_x and used is not x:  # back from the padded and cropped image
+    if need_x and used is not x:  # back from the padded and cropped image; no window may reach as far as the map
         (py, px), (height, width) = padding, x.shape[2:]
-        dx = F.pad(dx, (-px, width + px - used.shape[3], -py, height + py - used.shape[2]))
+        right, below = max(0, px + width - used.shape[3]), max(0, py + height - used.shape[2])
+        padded = F.pad(dx, (0, right, 0, below))
+        dx = in_format(padded[:, :, py : py + height, px : px + width], memory_format_of(x))
     return dx, d_down
 
 

@@ -10,15 +10,16 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inherit_kernels.registry import Problem
 
@@ -104,6 +105,20 @@ def _assembler() -> tuple[str, tuple[int, ...]]:
 
     tool = get_ptxas(90)
     return tool.path, tuple(map(int, tool.version.split(".")[:2]))
+
+
+def on_plain_memory(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's function whose tensors are what their memory says: kernels do not know torch's lazy signs and zeros."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*[_written_out(a) if isinstance(a, Tensor) else a for a in args])
+
+    return call
+
+
+def _written_out(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **keywords: Any) -> None:

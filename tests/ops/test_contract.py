@@ -250,3 +250,60 @@ def test_no_temporary_of_heads_times_output(op, backend):
         (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"), default=0
     )
     assert 0 < largest <= 2 * y.nbytes, (largest, y.nbytes)
+
+
+def of_a_few(op: str) -> Case:
+    return find(op, "three_by_three" if "conv" in op else "three_dims")
+
+
+@pytest.mark.parametrize("activation", (None, "gelu"))
+@pytest.mark.parametrize("op, backend", backends())
+def test_an_output_may_be_written_into(op, backend, activation):
+    """Seen failing: `Output 0 of _Differentiable is a view`, unfused with a bias, in wav2vec2's `y[mask] = value`."""
+    skip_unless_usable(op, backend)
+    case = of_a_few(op)
+    case = Case(case.name, case.shapes | {"bias": bias_of(op, case)}, case.options | {"activation": activation})
+    for unbatched in (False, True) if "conv" in op else (False,):
+        inputs = make_inputs(op, case, torch.float32)
+        if unbatched:
+            inputs |= {"x": inputs["x"][0], "residual": None}
+        leaves = {name: value if value is None else value.clone().requires_grad_() for name, value in inputs.items()}
+        before = {name: value if value is None else value.detach().clone() for name, value in leaves.items()}
+        y = call(op, leaves, case, backend)
+        assert not y._is_view() or unbatched
+        weight = torch.ones_like(y)
+        y[..., 0] = 7.0
+        y.mul_(2)
+        weight[..., 0] = 0
+        (y * torch.randn_like(y).masked_fill(weight == 0, 3.0)).sum().backward()
+        assert (y[..., 0] == 14).all()
+        for name, value in leaves.items():
+            assert value is None or (torch.equal(value.detach(), before[name]) and value.grad.isfinite().all()), name
+
+
+def bias_of(op: str, case: Case) -> tuple[int, ...]:
+    return case.shapes["up"][:-1]
+
+
+@pytest.mark.parametrize("op, backend", backends())
+def test_a_lazy_sign_counts(op, backend):
+    """Views with torch's negative bit, of every argument and of the gradient. Seen failing: Triton read their memory."""
+    skip_unless_usable(op, backend)
+    case = of_a_few(op)
+    inputs = make_inputs(op, case, torch.float32)
+    lazy = {
+        name: value if value is None else torch.view_as_complex(torch.stack([value, -value], -1)).conj().imag
+        for name, value in inputs.items()
+    }
+    assert lazy["x"].is_neg() and torch.equal(lazy["x"], inputs["x"])
+    results = []
+    for given in (inputs, lazy):
+        leaves = {name: value if value is None else value.detach().requires_grad_() for name, value in given.items()}
+        y = call(op, leaves, case, backend)
+        y.backward(torch._neg_view(torch.ones_like(y)) if given is lazy else -torch.ones_like(y))
+        with torch.no_grad():
+            results.append(
+                [call(op, given, case, backend), y.detach(), *[v.grad for v in leaves.values() if v is not None]]
+            )
+    for plain, signed in zip(*results, strict=True):
+        torch.testing.assert_close(signed, plain)

@@ -43,6 +43,7 @@ CASES = [
     case("pointwise", (2,), 7, (5, 6), 9, 3, 3, (1, 1), residual=True),
     case("three_by_three", (3,), 8, (9, 7), 12, 5, 2, (3, 3), padding=1, activation="relu"),
     case("strided", (2,), 6, (11, 8), 10, 4, 3, (3, 3), stride=2, padding=1, residual=True, activation="gelu"),
+    case("beyond_the_map", (3,), 4, (9, 1), 5, 2, 3, (5, 1), stride=(3, 5), padding=(2, 2), dilation=(1, 2)),
     case("dilated", (1,), 5, (12, 10), 6, 3, 4, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 3), bias=False),
     case("unbatched", (), 4, (6, 6), 5, 2, 3, (3, 3), padding=1, residual=True),
     case("one_head", (2,), 4, (6, 6), 5, 2, 1, (3, 3), padding=1),
@@ -57,7 +58,8 @@ def random_case(pick: Pick) -> Case:
     """Any small image, kernel and geometry that has an output."""
     kernel = pick((1, 2, 3, 5)), pick((1, 2, 3))
     dilation = pick((1, 2)), pick((1, 2, 3))
-    size = tuple(dilation[i] * (kernel[i] - 1) + 1 + pick((0, 1, 2, 5, 9)) for i in range(2))
+    padding = pick((0, 1, 2, 3)), pick((0, 1, 2))  # which may reach past the map
+    size = tuple(max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] + pick((0, 1, 2, 5, 9))) for i in range(2))
     channels = (1, 2, 3, 7, 8, 16, 17, 33)
     return case(
         "random",
@@ -71,8 +73,8 @@ def random_case(pick: Pick) -> Case:
         gate_bias=pick((False, True)),
         bias=pick((False, True)),
         residual=pick((False, True)),
-        stride=(pick((1, 2, 3)), pick((1, 2))),
-        padding=(pick((0, 1, 2)), pick((0, 1))),
+        stride=(pick((1, 2, 3)), pick((1, 2, 5))),
+        padding=padding,
         dilation=dilation,
         activation=pick(ACTIVATIONS),
     )

@@ -64,10 +64,12 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return backward_tuning_space(kernel, bits, BR)
 
 
+@triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return forward_saving(*args)[0]
 
 
+@triton_launch.on_plain_memory
 def forward_saving(
     x: Tensor,
     down: Tensor,
@@ -154,6 +156,7 @@ def _forward(
     )
 
 
+@triton_launch.on_plain_memory
 def backward(
     dz: Tensor,
     t: Tensor,

@@ -27,6 +27,7 @@ from inherit_kernels.common.triton_launch import (
     ceil_div,
     hint,
     launch,
+    on_plain_memory,
     padded_heads,
     padded_rank,
     precision,
@@ -66,6 +67,7 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return candidates(("BM", "BN", "BK"), dict.fromkeys(choices), {})
 
 
+@on_plain_memory
 def forward(
     x: Tensor,
     down: Tensor,

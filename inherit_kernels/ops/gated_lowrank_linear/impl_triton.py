@@ -68,10 +68,12 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return [{**config, "CHUNK": chunk} for config in space[::2] for chunk in (512, 2048)]
 
 
+@triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(True, *args)
 
@@ -144,6 +146,7 @@ def _forward(
     return y, t
 
 
+@triton_launch.on_plain_memory
 def backward(
     dz: Tensor,
     t: Tensor,

@@ -52,10 +52,12 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return candidates(("BM", "BN", "BK", "SPLIT_N", "SPLIT_K"), choices, {})
 
 
+@triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     y, t = _forward(True, *args)
     assert t is not None
@@ -109,6 +111,7 @@ def _forward(
     return y, t
 
 
+@triton_launch.on_plain_memory
 def backward(
     dz: Tensor,
     t: Tensor,

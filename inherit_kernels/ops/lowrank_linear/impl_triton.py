@@ -40,10 +40,12 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return gradient_space(bits, BR) if kernel == "weight_gradient" else two_stage_space(bits, BR)
 
 
+@triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(True, *args)
 
@@ -65,6 +67,7 @@ def _forward(
     return y, t
 
 
+@triton_launch.on_plain_memory
 def backward(
     dz: Tensor,
     t: Tensor,
