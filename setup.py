@@ -57,7 +57,10 @@ def find_torch():
 def find_compiler():
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
-        command = shlex.split(name)
+        try:
+            command = shlex.split(name)
+        except ValueError as problem:
+            raise CannotBuild(f"CXX is {name!r}, which is no command ({problem}): set it to a C++ compiler") from None
         if command and shutil.which(command[0]):
             return command
     looked = wanted or "g++, clang++, c++"
@@ -151,7 +154,7 @@ class Plan:
 
     def run(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS", "") or os.cpu_count() or 1)
+        jobs = parallel_jobs()
         ninja = shutil.which("ninja")
         if ninja:  # recompiles what changed
             (self.folder / "build.ninja").write_text(self._ninja())
@@ -171,6 +174,15 @@ class Plan:
         rules = "rule compile\n  command = $line\n  depfile = $out.d\n  deps = gcc\nrule link\n  command = $line\n"
         steps = [build(target, "compile", [source], command) for target, source, command in self.steps]
         return "".join([rules, *steps, build(self.library, "link", [step[0] for step in self.steps], self.link)])
+
+
+def parallel_jobs():
+    wanted = os.environ.get("MAX_JOBS", "")
+    if not wanted:
+        return os.cpu_count() or 1
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", wanted):
+        raise CannotBuild(f"MAX_JOBS is {wanted!r}, expected a number of compilations from 1 on")
+    return int(wanted)
 
 
 def call(command):
@@ -214,6 +226,15 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 
 class BuildNative(build_ext):
     """build_ext with our own commands."""
+
+    def run(self):
+        """As setuptools' own, but without its C compiler, for which it would read CXX and fail."""
+        inplace, self.inplace = self.inplace, 0
+        for ext in self.extensions:
+            self.build_extension(ext)
+        self.inplace = inplace
+        if inplace:
+            self.copy_extensions_to_source()
 
     def build_extension(self, ext):
         build_native(Path(self.get_ext_fullpath(ext.name)))

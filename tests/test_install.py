@@ -114,6 +114,48 @@ def test_a_compiler_that_fails_leaves_a_pure_wheel_with_its_last_words(sources, 
     assert "broken on purpose" in status_of(wheel, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("MAX_JOBS", "abc", "MAX_JOBS is 'abc', expected a number"),
+        ("MAX_JOBS", "0", "MAX_JOBS is '0'"),
+        ("CXX", 'g++ "', "CXX is 'g++ \"', which is no command"),
+    ],
+)
+def test_a_variable_without_sense_leaves_a_pure_wheel(sources, tmp_path, name, value, said):
+    """Seen failing: ValueError out of an `auto` build."""
+    done, wheel = build(sources, **{"CUDA_HOME": "/nowhere", name: value})
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert said in status_of(wheel, tmp_path)
+
+
+def test_the_wheel_holds_what_the_readme_uses(sources, tmp_path):
+    """Every module and table, and the README's examples from an empty folder. Seen failing: `inhernet.demos` was left out."""
+    done, wheel = build(sources, INHERIT_KERNELS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    place, empty = tmp_path / "installed", tmp_path / "empty"
+    zipfile.ZipFile(wheel).extractall(place)
+    empty.mkdir()
+    for package, root in (("inherit_kernels", ROOT), ("inhernet", ROOT / "python")):
+        files = [path for kind in ("*.py", "*.json", "py.typed") for path in (root / package).rglob(kind)]
+        names = {str(path.relative_to(root)) for path in files if path.name != "_build.json"}
+        assert len(names) > 20 and not {name for name in names if not (place / name).is_file()}
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    environment = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "2"}
+    where = "import inhernet, inherit_kernels; print(inhernet.__file__, inherit_kernels.__file__)\n"
+    for command in (
+        ["-c", where + examples],
+        ["-m", "inhernet", "eval", "inherited", "--data", "digits"],
+        ["-m", "inhernet", "bench", "inherited", "--data", "digits", "--seconds", "0.01", "--batch", "1"],
+        ["-m", "inhernet", "demo", "--help"],
+        ["-m", "inhernet", "doctor"],
+    ):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=empty, env=environment)
+        assert done.returncode == 0, (command[:3], done.stderr)
+        assert command[0] != "-c" or done.stdout.startswith(f"{place}/inhernet/__init__.py {place}/inherit_kernels/")
+
+
 def test_without_torch_at_build_time_the_wheel_is_pure_and_says_so(sources, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
