@@ -43,14 +43,14 @@ def save(
 
     Args:
         model: made by `inhernet.inherit` or `inhernet.optimize`, or a dense model. It is not changed.
-        dir: created (parents too), or replaced if it holds an earlier save and nothing else.
+        dir: created (parents too), or replaced if it holds an earlier save of inhernet and nothing else.
         factory: what builds the dense architecture: a top-level function or "package.module.function". None for the
             models of `inhernet.models` and of transformers, which know it themselves.
         args: the factory's keyword arguments, plain data.
 
     Raises:
-        ValueError: nothing says how the model is built; the directory holds other files; low-rank modules that the
-            plan does not list. TypeError: an argument or a state entry that is not plain data or a tensor.
+        ValueError: nothing says how the model is built; the directory holds other files or another tool's model; low-rank
+            modules that the plan does not list. TypeError: an argument or a state entry that is not plain data or a tensor.
 
     Example:
         >>> save(inhernet.models.resnet20(num_classes=10), "student")  # doctest: +SKIP
@@ -180,6 +180,21 @@ def _refuse_foreign(target: Path) -> None:
         raise ValueError(
             f"dir {target} holds other files ({', '.join(others[:3])}); a save replaces the whole directory, "
             "so give it one of its own"
+        )
+    if (target / WEIGHTS).exists() or (target / CONFIG).exists():
+        _refuse_what_is_not_ours(target)
+
+
+def _refuse_what_is_not_ours(target: Path) -> None:
+    """Ours by the mark in `config.json`, not by names: transformers' directories hold the same two files."""
+    try:
+        config = json.loads((target / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("format") != "inhernet":
+        raise ValueError(
+            f"dir {target} holds a model that inhernet did not save ({CONFIG} does not say so), which would be lost; "
+            "give another directory"
         )
 
 

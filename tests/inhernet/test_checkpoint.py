@@ -536,3 +536,30 @@ def test_a_directory_that_is_not_there(tmp_path):
         inhernet.load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         inhernet.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", ('{"model_type": "bert"}', "[]", "not json", None))
+def test_a_model_of_another_tool_is_never_replaced(tmp_path, config):
+    """Seen failing: `convert hf:DIR --out DIR` replaced the teacher, whose files have the same names."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    if config is not None:
+        (teacher / "config.json").write_text(config)
+    before = {path.name: path.read_bytes() for path in teacher.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(teacher)
+    for directory in (teacher, link, teacher / "."):
+        with pytest.raises(ValueError, match="holds a model that inhernet did not save"):
+            inhernet.save(inhernet.models.resnet20(num_classes=3), directory)
+    assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
+
+
+def test_a_plan_is_never_written_into_a_model(tmp_path):
+    """Seen failing: the model's own plan was replaced, after which it did not load."""
+    teacher = inhernet.models.resnet20(num_classes=3)
+    plan = inhernet.plan(teacher, inhernet.InheritConfig(budget=inhernet.UniformRank(4)))
+    inhernet.save(inhernet.inherit(teacher, plan), tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a model"):
+        inhernet.plan(teacher, inhernet.InheritConfig(budget=inhernet.UniformRank(2))).save(tmp_path / "model")
+    inhernet.load(tmp_path / "model")

@@ -62,6 +62,12 @@ class Slow(list):
 def slow():
     return Slow(batches() * 20)
 
+def broken_images():
+    return [(torch.full((16, 1, 8, 8), torch.nan), torch.randint(10, (16,)))]
+
+def empty_test():
+    return batches(), batches(), []
+
 def number():
     return 3
 
@@ -131,6 +137,20 @@ def test_convert_train_eval_bench(folder: Path, capsys: pytest.CaptureFixture[st
     medians = [float(line[-4]) for line in lines if line and line[0] in ("dense", "inherited", "published")]
     assert len(medians) == 6
     assert min(medians) > 0
+
+
+def test_eval_fails_where_outputs_are_not_finite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Seen: "relative error 0.0000", accuracy 0.0625 and exit status 0.
+    converted(folder, "--rank", "2")
+    capsys.readouterr()
+    for options in (["--teacher", "mine:tiny"], []):
+        assert main(["eval", "student", *options, "--data", "mine:broken_images"]) == 1
+        shown = capsys.readouterr()
+        assert "0.0000" not in shown.out
+        assert "nan" in shown.out
+        assert shown.err.count("\n") == 1
+        assert "not finite" in shown.err
+        assert "16 of 16 rows" in shown.err or "in 16 rows" in shown.err
 
 
 def test_own_architecture_needs_trust(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +256,11 @@ def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert 0 < plain["position"] < 80
     assert main([*train[:-1], "2"]) == 2  # another schedule is another run
     assert "epochs was 1, is 2" in capsys.readouterr().err
+    for change, words in ((["--objective", "task"], "objective was"), (["--data", "mine:parts"], "batches was 80, is 4")):
+        assert main([*train, *change]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "--restart" in error
     assert main([*train[:5], "mine:parts", "--epochs", "1", "--restart"]) == 0
     assert not state.exists()
 

@@ -156,8 +156,14 @@ class Plan:
         return cls.from_dict(json.loads(text))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `plan.json` and, with statistics, `statistics.safetensors`; each is written aside and renamed."""
+        """Write `plan.json` and, with statistics, `statistics.safetensors`; each is written aside and renamed.
+
+        Raises:
+            ValueError: the directory holds a model, whose own `plan.json` would be lost and with it the model.
+        """
         folder = Path(directory)
+        if (folder / "config.json").exists():
+            raise ValueError(f"directory {folder} holds a model, which would not load with this plan; give another one")
         folder.mkdir(parents=True, exist_ok=True)
         data = self.to_dict()
         statistics = folder / STATISTICS_FILE
