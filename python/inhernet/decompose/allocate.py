@@ -78,9 +78,20 @@ def global_ranks(
 
     Raises ValueError when even the smallest ranks cost more than `allowed`.
     """
-    points = {layer.name: _points(layer, spectra[layer.name], guard, round_to, rank_step) for layer in layers}
     ranks: dict[str, int | None] = {layer.name: _least(layer, guard, round_to) for layer in layers}
     left = allowed - _need(layers, ranks, allowed)
+    # Coarse steps look past small dips of a spectrum; single ranks then spend what no coarse step could pay.
+    for step in (rank_step, 1):
+        points = {
+            layer.name: _points(layer, ranks[layer.name], spectra[layer.name], guard, round_to, step)
+            for layer in layers
+        }
+        left = _give_out(points, ranks, left)
+    return ranks
+
+
+def _give_out(points: dict[str, list[_Point]], ranks: dict[str, int | None], left: int) -> int:
+    """Move `ranks` along `points`, best step first, until no step can be paid; returns what is left."""
     at = dict.fromkeys(points, 0)
     queue = [(-slope, name, to) for name in points for slope, to in [_best_step(points[name], 0, left)] if to]
     heapq.heapify(queue)
@@ -94,7 +105,7 @@ def global_ranks(
         slope, to = _best_step(points[name], at[name], left)
         if to:
             heapq.heappush(queue, (-slope, name, to))
-    return ranks
+    return left
 
 
 def _grain(layer: LayerPlan, round_to: int, rank_step: int) -> int:
@@ -109,18 +120,17 @@ def _least(layer: LayerPlan, guard: bool, round_to: int) -> int | None:
     return None if limit <= 1 else min(round_to, limit - 1)
 
 
-def _points(layer: LayerPlan, spectrum: Tensor, guard: bool, round_to: int, rank_step: int) -> list[_Point]:
-    """What the layer may cost, what it then keeps, and the rank (None: dense); both increasing."""
-    first = _least(layer, guard, round_to)
-    if first is None:
+def _points(
+    layer: LayerPlan, start: int | None, spectrum: Tensor, guard: bool, round_to: int, rank_step: int
+) -> list[_Point]:
+    """From rank `start` on: what the layer may cost, what it then keeps, the rank (None: dense); all increasing."""
+    if start is None:
         return [(layer.dense_params, 0.0, None)]
     kept = torch.cat([spectrum.new_zeros(1), spectrum.square().cumsum(0)]).tolist()
-    ranks = sorted(
-        {first, *range(_grain(layer, round_to, rank_step), layer.limit(guard), _grain(layer, round_to, rank_step))}
-    )
-    points = [
-        (layer.cost(rank), kept[rank], rank) for rank in ranks if rank == first or layer.cost(rank) < layer.dense_params
-    ]
+    grain = _grain(layer, round_to, rank_step)
+    ranks = range((start // grain + 1) * grain, layer.limit(guard), grain)
+    points: list[_Point] = [(layer.cost(start), kept[start], start)]
+    points += [(layer.cost(rank), kept[rank], rank) for rank in ranks if layer.cost(rank) < layer.dense_params]
     return [*points, (layer.dense_params, kept[-1], None)] if points[0][0] < layer.dense_params else points
 
 
