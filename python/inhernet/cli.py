@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a check failed, 2 wrong input, 130 stopped by Ctrl-C, 143
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -333,18 +334,22 @@ def _validation(
     return validate
 
 
-def run_eval(arguments: argparse.Namespace) -> None:
+def run_eval(arguments: argparse.Namespace) -> int:
     import inhernet
     from inhernet import specs
     from inhernet.distill import evaluate
 
     model = _load(arguments)
     judge = specs.data(arguments.data).judge
+    trouble = ""
     if arguments.teacher is None:
         figures: dict[str, Any] = {**evaluate(model, judge)}
+        if bad := figures.pop("nonfinite_rows", 0):
+            trouble = f"the network's output is not finite (NaN or infinity) in {bad:,} rows"
     else:
         teacher = specs.teacher(arguments.teacher, arguments.weights)
         report = inhernet.verify(model, teacher, judge)
+        trouble = report.trouble
         figures = {"parameters": report.params, "teacher's parameters": report.teacher_params}
         if report.accuracy is not None:
             figures |= {"accuracy": report.accuracy, "teacher's accuracy": report.teacher_accuracy}
@@ -356,6 +361,11 @@ def run_eval(arguments: argparse.Namespace) -> None:
                 figures |= {f"{prefix}KL to the teacher": output.kl, f"{prefix}same decision": output.agreement}
     rows = [(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for name, value in figures.items()]
     table(str(arguments.dir), ("figure", "value"), rows)
+    if not trouble and not all(math.isfinite(value) for value in figures.values()):
+        trouble = "a figure is not finite: the targets are not, or the teacher's outputs are all 0"
+    if trouble:
+        say(f"inhernet: {trouble}", stderr=True)
+    return 1 if trouble else 0
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 # In a pipe there is no window to fit: a table must not lose columns to rich's default of 80.
 PIPE_WIDTH = 200
 # A text column may be folded down to this width.
 FOLD = 32
+# Seconds of silence without a terminal: until the first line of progress, and at most.
+FIRST_LINE, LONGEST_SILENCE = 2.0, 600.0
 
 
 def console(stderr: bool = False) -> Console:
@@ -76,42 +88,93 @@ def _print(
 
 
 class Steps:
-    """A running count: `advance()` per step moves the bar, if there is one; `line(text)` stays above it."""
+    """A running count: `advance()` per step, with what there is to say of it; `line(text)` for what is to stay.
 
-    def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
-        self._bar = bar
-        self._description = description
-        self._task = TaskID(0) if bar is None else bar.add_task(description, total=total)
+    On a terminal a row with a bar. Elsewhere a line on stderr whenever nothing was said for a while: 2 s at first, then a
+    tenth of the time so far, so that an hour gives some twenty lines.
+    """
 
-    def advance(self, steps: int = 1) -> None:
+    def __init__(self, bar: Progress | None, description: str, total: int | None, done: int) -> None:
+        self._bar, self._description, self._total = bar, description, total
+        self._start = self._done = done
+        self._begun = self._said = time.monotonic()
+        self._task = TaskID(0)
+        if bar is not None:
+            self._task = bar.add_task(description, total=total, completed=done, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
         if self._bar is not None:
-            self._bar.advance(self._task, steps)
+            self._bar.update(self._task, advance=steps, note=note)
+            return
+        now = time.monotonic()
+        if now - self._said >= min(max(FIRST_LINE, (now - self._begun) / 10), LONGEST_SILENCE):
+            self._said = now
+            say("  ".join(filter(None, (self._description.rstrip(), self._figures(now), note))), stderr=True)
 
     def line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(f"{self._description}  {text}", soft_wrap=True)
         else:
+            self._said = time.monotonic()
             say(f"{self._description}  {text}")
 
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.remove_task(self._task)
 
-@contextmanager
-def progress(description: str, total: int | None = None, enabled: bool = True) -> Iterator[Steps]:
-    """Progress of one task. Not enabled: silent. On a terminal a bar on stderr, otherwise `line`s on stdout."""
-    if not enabled:
-        yield _Silent(None, description, total)
-    elif not sys.stderr.isatty():
-        yield Steps(None, description, total)
-    else:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-            yield Steps(bar, description, total)
+    def _figures(self, now: float) -> str:
+        elapsed = now - self._begun
+        if self._total is None:
+            return f"step {self._done:,}, {_clock(elapsed)} so far"
+        left = elapsed * (self._total - self._done) / max(self._done - self._start, 1)
+        return f"step {self._done:,} of {self._total:,}, {_clock(elapsed)} so far, about {_clock(left)} left"
 
 
 class _Silent(Steps):
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        pass
+
     def line(self, text: str) -> None:
         pass
+
+
+def _bar() -> Progress:
+    """Rows of a bar that pulses where the length is unknown, a count, the time so far and left, and what is said of it."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left  {task.fields[note]}", markup=False),
+    )
+    return Progress(*columns, console=console(stderr=True), transient=True)
+
+
+# The bar on the terminal, or False inside a silent task: what runs inside (a validation) is a row of the same bar.
+_current: ContextVar[Progress | bool | None] = ContextVar("_current", default=None)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, enabled: bool = True, done: int = 0) -> Iterator[Steps]:
+    """Progress of one task, of which `done` steps are behind us. Not enabled, or inside such a task: silent."""
+    outer = _current.get()
+    silent = not enabled or outer is False
+    with ExitStack() as stack:
+        bar: Progress | None = None
+        if not silent and isinstance(outer, Progress):
+            bar = outer
+        elif not silent and sys.stderr.isatty():
+            bar = stack.enter_context(_bar())
+        token = _current.set(False if silent else bar)
+        stack.callback(_current.reset, token)
+        steps = (_Silent if silent else Steps)(bar, description, total, done)
+        stack.callback(steps.close)
+        yield steps
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

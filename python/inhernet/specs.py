@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .decompose.rows import length_of
+
 TEACHER_HELP = "hf:DIR (a transformers directory), or package.module:function returning an nn.Module"
 DATA_HELP = (
     "digits, or package.module:function returning (train, val), (train, val, test), a mapping with these keys, or one "
@@ -130,9 +132,9 @@ def data(spec: str) -> Data:
             raise UsageError(
                 f"DATA is {spec!r}, which returned the keys {sorted(map(str, found))}, expected train, val, test"
             )
-        parts = {name: _reiterable(value, spec) for name, value in found.items()}
+        parts = {name: _reiterable(value, spec, name) for name, value in found.items()}
         return Data(parts["train"], parts.get("calibration", parts["train"]), parts.get("val"), parts.get("test"))
-    one = _reiterable(found, spec)
+    one = _reiterable(found, spec, "data")
     return Data(one, one, None, None)
 
 
@@ -174,10 +176,13 @@ def _resized(found: Any, size: int) -> Any:
     return found.repeat(-(-size // len(found)), *[1] * (found.dim() - 1))[:size].contiguous()
 
 
-def _reiterable(value: Any, spec: str) -> Iterable[Any]:
+def _reiterable(value: Any, spec: str, part: str) -> Iterable[Any]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Tensor)):
         raise UsageError(f"DATA is {spec!r}, which returned {type(value).__name__}, expected an iterable of batches")
-    return value if iter(value) is not value else list(value)
+    batches = value if iter(value) is not value else list(value)
+    if length_of(batches) == 0:
+        raise UsageError(f"DATA is {spec!r}, whose {part!r} gives no batches, expected at least one")
+    return batches
 
 
 def _from_transformers(directory: str) -> nn.Module:

@@ -18,13 +18,6 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def target_of(batch: Any) -> Any:
-    """The target of a batch as `default_forward` reads it, None if it has none."""
-    if isinstance(batch, Mapping):
-        return batch.get("labels")
-    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch."""
     if isinstance(batch, Tensor):

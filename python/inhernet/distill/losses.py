@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from inhernet.decompose.rows import IGNORED, class_targets
+
 Loss = Callable[[Any, Any, Any], Tensor]
 """`loss(output, target, teacher_output)` → scalar."""
 
@@ -50,6 +52,14 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) ->
     return divergence * (temperature**2 / max(1, student.shape[0]))
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` `[..., C]` over the rows whose target is not −100; 0 where every row's is."""
+    wanted = class_targets(target, logits)
+    rows = len(wanted) if wanted.is_floating_point() else int((wanted != IGNORED).sum())
+    flat = _at_least_float32(logits).reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum") / max(1, rows)
+
+
 def kl_to_teacher(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean `KL(softmax(z_t) ‖ softmax(z))` over rows: the fidelity figure of the demo, `kd_loss` at T = 1."""
     return kd_loss(logits, teacher_logits, temperature=1.0)
@@ -86,13 +96,19 @@ class Objective:
             raise ValueError(f"temperature is {self.temperature!r}, expected a positive number")
 
     def __call__(self, logits: Tensor, target: Tensor | None, teacher_logits: Tensor | None) -> Tensor:
-        """Scalar loss of `logits` `[..., C]`, `target` `[...]` (class indices), `teacher_logits` `[..., C]`."""
+        """Scalar loss of `logits` `[..., C]`, `target`, `teacher_logits` `[..., C]`.
+
+        `target` is class indices `[...]` or probabilities `[..., C]`. Rows with the index −100 have no part in the
+        cross-entropy; they are distilled all the same (unlabelled data teaches too).
+
+        Raises:
+            ValueError: a term lacks its target or teacher, or a target is no class.
+        """
         terms = []
         if self.ce:
             if target is None:
                 raise ValueError(f"ce is {self.ce}, but the batch has no target; use Objective(ce=0) to train without")
-            flat = _at_least_float32(logits).reshape(-1, logits.shape[-1])
-            terms.append(self.ce * F.cross_entropy(flat, target.reshape(-1)))
+            terms.append(self.ce * cross_entropy(logits, target))
         if self.kd:
             if teacher_logits is None:
                 raise ValueError(

@@ -6,12 +6,10 @@ pickle is written or read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,11 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 FILE = "training.safetensors"
-VERSION = 1
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the model's tensor names, shapes and dtypes and of its plan: a checkpoint fits only the same model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    plan = getattr(model, "inhernet_plan", None)
-    if plan is not None:
-        text = plan.to_json()
-        digest.update((text if isinstance(text, str) else json.dumps(text, sort_keys=True)).encode())
-    return digest.hexdigest()
+# 2: the state says which teacher, objective and data the run has.
+VERSION = 2
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -128,13 +115,11 @@ def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, dict[str, T
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}); delete it to start over") from error
     if plain.get("version") != VERSION:
-        raise ValueError(f"{path} has version {plain.get('version')!r}, expected {VERSION}; delete it to start over")
+        raise ValueError(
+            f"{path} has version {plain.get('version')!r}, expected {VERSION}: another release wrote it; finish that run "
+            "with it, or delete the file to start over"
+        )
     return groups, plain
-
-
-def differing(names: Iterable[str], saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The names whose values differ, as `name: saved → current`."""
-    return [f"{n} was {saved.get(n)!r}, is {current.get(n)!r}" for n in names if saved.get(n) != current.get(n)]
 
 
 def _sync(path: Path) -> None:

@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from inhernet.console import progress
+from inhernet.console import Steps, progress
+from inhernet.decompose.batches import floating_outputs
+from inhernet.decompose.rows import batches_of, length_of, target_of
 from inhernet.nn import LowRankModule
 
 from . import state as checkpoints
-from .batches import default_forward, outside_inference, target_of, to_device
+from .batches import default_forward, outside_inference, to_device
 from .guards import Interrupted, caught_signals, evaluating
+from .identity import Identity, contents, identify, same_first_batch
 from .losses import Loss
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
+# Where a run is: attributes that a checkpoint keeps as numbers.
+COUNTERS = ("epoch", "position", "step", "loss_sum", "seconds")
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class TrainConfig:
 
         require("epochs", isinstance(self.epochs, int) and self.epochs >= 0, "an integer of at least 0")
         require("optimizer", self.optimizer in ("sgd", "adamw"), '"sgd" or "adamw"')
-        require("lr", self.lr > 0, "a positive number")
+        require("lr", 0 < self.lr < math.inf, "a positive number")
         require("momentum", 0 <= self.momentum < 1, "a number from 0 to 1")
         for name in ("weight_decay", "factor_weight_decay"):
-            require(name, getattr(self, name) >= 0, "a number of at least 0")
+            require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         require("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1")
         require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a positive number")
         require("accumulate", isinstance(self.accumulate, int) and self.accumulate >= 1, "an integer of at least 1")
@@ -118,9 +123,15 @@ def fit(
     replays the drawing of the epoch it stopped in, and ends with the same bits as an uninterrupted one (CPU). It is
     left at the weights that were validated: the average with `ema`, the best epoch's with `keep_best`.
 
+    A run is its configuration, the model's layers (and starting weights, where it was inherited: those of a fresh
+    network are a draw), the teacher's class and weights, the loss (an `Objective` by its values, a function by its
+    name), the number of batches and the first of them, drawn again. What differs on resuming is refused by name. A
+    loader whose first batch is another one each time, or that can be read only once, cannot be compared so.
+
     Args:
         model: trained on the device its parameters are on.
-        loader: iterable of batches, iterated once per epoch; `len` (if it has one) sets the schedule's length.
+        loader: iterable of batches, iterated once per epoch; `len` (if it has one) sets the schedule's length. Targets are
+            class indices or probabilities; the index −100 is ignored.
         config: `TrainConfig()` if None.
         loss: `loss(output, target, teacher_output)` → scalar; an `Objective` for instance.
         teacher: run in eval mode without gradients; its parameters, buffers and flags are left as they were.
@@ -130,16 +141,18 @@ def fit(
         forward: `forward(model, batch)` → output, where the default does not fit.
         on_epoch: called with every record of the history.
         description: what the progress display calls the run.
-        show_progress: a bar on a terminal, a line per epoch otherwise.
+        show_progress: a bar on a terminal; otherwise a line per epoch, and one now and then in a long epoch.
 
     Returns:
         The history and the epoch the model was left at.
 
     Raises:
         Interrupted: a signal came; the state is saved. (Without `checkpoint_dir` signals act as usual.)
-        ValueError: no batches, no trainable parameters, a checkpoint of another model or configuration, a `keep_best`
-            that `validate` does not return.
-        FloatingPointError: the loss is not finite.
+        TypeError: the loader is a single batch.
+        ValueError: no batches, or a loader that can be read only once for several epochs; no trainable parameters; a
+            checkpoint of another run; a `keep_best` that `validate` does not return; what the loss raises, with the
+            batch's number.
+        FloatingPointError: the loss or a gradient is not finite.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -154,11 +167,11 @@ def fit(
     directory = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
     with torch.random.fork_rng(devices), evaluating(teacher), caught_signals(directory is not None) as caught:
         torch.manual_seed(run.config.seed)
-        if directory is not None and resume:
-            run.restore(directory)
-        total = None if run.steps is None else run.config.epochs * run.batches
-        with progress(description, total, show_progress) as display:
-            display.advance(run.position + run.epoch * (run.batches or 0))
+        news = run.open(directory, resume)
+        total = None if run.batches is None else run.config.epochs * run.batches
+        with progress(description, total, show_progress, run.position + run.epoch * (run.batches or 0)) as display:
+            for line in news:
+                display.line(line)
             run.train(directory, caught, display, on_epoch)
     return run.result
 
@@ -195,6 +208,12 @@ class _Run:
     """The state of one `fit`."""
 
     def __init__(self, model, loader, config, loss, teacher, validate, forward) -> None:
+        batches_of(loader)
+        if isinstance(loader, Iterator) and config.epochs > 1:
+            raise ValueError(
+                f"loader is a {type(loader).__name__}, which can be read only once, and epochs is {config.epochs}; give "
+                "a list of batches or a DataLoader"
+            )
         self.model, self.loader, self.config, self.loss = model, loader, config, loss
         self.teacher, self.validate, self.forward = teacher, validate, forward
         groups = parameter_groups(model, config)
@@ -211,11 +230,15 @@ class _Run:
         if config.ema is not None:
             average = get_ema_multi_avg_fn(config.ema)
             self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self.batches = len(loader) if hasattr(loader, "__len__") else None
+        self.batches = length_of(loader)
         self.steps = None if self.batches is None else config.epochs * math.ceil(self.batches / config.accumulate)
         self.epoch = self.position = self.step = 0
         self.loss_sum, self.seconds = 0.0, 0.0
         self.epoch_rng: dict[str, Tensor] | None = None
+        # With a checkpoint: what the run is, and its first batch (a hash) with the state that it was drawn in.
+        self.identity: Identity | None = None
+        self.first_batch: str | None = None
+        self.first_rng: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] | None = None
         self.result = TrainResult()
 
@@ -228,9 +251,10 @@ class _Run:
         if not self.result.history:
             record(epoch=0)
         while self.epoch < self.config.epochs:
-            for _ in self.run_epoch():
-                display.advance(self.config.accumulate)
-                if caught and directory is not None:
+            for stepped in self.run_epoch(display):
+                mean = self.loss_sum / self.position
+                display.advance(note=f"epoch {self.epoch + 1}/{self.config.epochs}  loss {mean:.4g}")
+                if stepped and caught and directory is not None:
                     raise Interrupted(caught[0], str(self.save(directory)))
             if self.position == 0:
                 raise ValueError(f"loader gave no batch in epoch {self.epoch + 1}, expected at least one")
@@ -243,8 +267,8 @@ class _Run:
                     raise Interrupted(caught[0], str(path))
         self.finish()
 
-    def run_epoch(self) -> Iterator[None]:
-        """Train one epoch from `self.position`; yields after every optimiser step."""
+    def run_epoch(self, display: Steps) -> Iterator[bool]:
+        """Train one epoch from `self.position`; yields after every batch, whether an optimiser step was made."""
         self.model.train()  # every epoch: validation leaves the model in eval mode
         now = checkpoints.rng_state()
         if self.epoch_rng is None:
@@ -252,22 +276,27 @@ class _Run:
         else:
             checkpoints.set_rng_state(self.epoch_rng)
         batches = iter(self.loader)
-        for _ in range(self.position):
-            next(batches, None)
         if self.position:
+            with progress("passing over batches already trained on", self.position) as bar:
+                for _ in range(self.position):
+                    next(batches, None)
+                    bar.advance()
             checkpoints.set_rng_state(now)
         started = time.perf_counter()
         pending = 0
         while (batch := next(batches, None)) is not None:
+            if self.identity is not None and self.first_batch is None:
+                self.first_batch, self.first_rng = contents(batch), self.epoch_rng
             self.loss_sum += self.backward(to_device(batch, self.device))
             self.position += 1
             pending += 1
-            if pending == self.config.accumulate:
+            stepped = pending == self.config.accumulate
+            if stepped:
                 self.update(pending)
                 pending = 0
-                self.seconds += time.perf_counter() - started
-                yield
-                started = time.perf_counter()
+            self.seconds += time.perf_counter() - started
+            yield stepped
+            started = time.perf_counter()
         if pending:
             self.update(pending)
         self.seconds += time.perf_counter() - started
@@ -281,21 +310,32 @@ class _Run:
                     guidance = self.forward(self.teacher, batch)
                 guidance = outside_inference(guidance)
             output = self.forward(self.model, batch)
-        value = self.loss(output, target_of(batch), guidance)
+        where = f"epoch {self.epoch + 1}, batch {self.position + 1}"
+        try:
+            value = self.loss(output, target_of(batch), guidance)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         figure = float(value.detach())
         if not math.isfinite(figure):
-            raise FloatingPointError(
-                f"the loss is {figure} in epoch {self.epoch + 1}, batch {self.position + 1}; "
-                f"lower lr (now {self.config.lr}) or set clip_norm"
-            )
+            if guidance is not None and not _finite(guidance):
+                cause = "the teacher's output is not finite there"
+            else:
+                cause = f"lower lr (now {self.config.lr}) or set clip_norm"
+            raise FloatingPointError(f"the loss is {figure} in {where}; {cause}")
         value.backward()
         return figure
 
     def update(self, batches: int) -> None:
         if batches > 1:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], batches)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not math.isfinite(norm):  # one such step, and every weight is NaN
+            raise FloatingPointError(
+                f"the gradient's norm is {float(norm)} in epoch {self.epoch + 1}, batch {self.position}, though the "
+                f"loss is finite; lower lr (now {self.config.lr}), or look for a square root or a logarithm of 0"
+            )
         if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.config)
         self.optimizer.step()
@@ -320,8 +360,8 @@ class _Run:
         direction, name = self.config.keep_best.split(":", 1)
         if name not in figures:
             raise ValueError(f"keep_best names {name!r}, but validate returns {sorted(set(figures) - {'epoch'})}")
-        scores = [past[name] for past in self.result.history]
-        if scores[-1] == (min(scores) if direction == "min" else max(scores)):
+        scores = [past[name] for past in self.result.history if not math.isnan(past[name])]
+        if scores and figures[name] == (min(scores) if direction == "min" else max(scores)):
             self.result.best_epoch = int(figures["epoch"])
             self.best = {key: value.detach().clone() for key, value in judged.state_dict().items()}
 
@@ -334,43 +374,73 @@ class _Run:
         self.model.eval()
 
     def save(self, directory: str):
+        assert self.identity is not None  # `open` was called with the directory
         optimizer, plain = checkpoints.pack_optimizer(self.optimizer)
         groups = {"model": self.model.state_dict(), "optimizer": optimizer, "rng": checkpoints.rng_state()}
         groups["best"] = self.best or {}
         groups["epoch_rng"] = self.epoch_rng or {}
+        groups["first_rng"] = self.first_rng
         groups["averaged"] = {} if self.averaged is None else self.averaged.state_dict()
-        counters = {name: getattr(self, name) for name in ("epoch", "position", "step", "loss_sum", "seconds")}
+        counters = {name: getattr(self, name) for name in COUNTERS}
         meta = {
-            "config": asdict(self.config),
-            "fingerprint": checkpoints.fingerprint(self.model),
+            **asdict(self.identity),
+            "first_batch": self.first_batch,
             "history": self.result.history,
             "best_epoch": self.result.best_epoch,
             "optimizer": plain,
+            "time": time.time(),
         }
         return checkpoints.save_state(directory, groups, counters | meta)
 
-    def restore(self, directory: str) -> None:
-        found = checkpoints.load_state(directory)
+    def open(self, directory: str | None, resume: bool) -> list[str]:
+        """Go on from the state in `directory`, if there is one and `resume`; what is to be said about that."""
+        if directory is None:
+            return []
+        self.identity = identify(self.model, self.teacher, self.loss, self.batches, asdict(self.config))
+        found = checkpoints.load_state(directory) if resume else None
         if found is None:
-            return
+            return []
         groups, plain = found
-        changed = checkpoints.differing(asdict(self.config), plain["config"], asdict(self.config))
-        if plain["fingerprint"] != checkpoints.fingerprint(self.model):
-            changed.append("the model's layers or plan")
+        changed = self.identity.changes(plain["settings"], plain["networks"])
+        same = None if changed else same_first_batch(self.loader, plain["first_batch"], groups.get("first_rng", {}))
+        if same is False:
+            changed.append("the data's first batch differs")
         if changed:
             raise ValueError(
                 f"checkpoint_dir {directory!r} holds another run ({'; '.join(changed)}); "
-                "use another directory, or resume=False to start over"
+                "use another directory, or resume=False (`inhernet train --restart`) to start over"
             )
+        self.restore(groups, plain)
+        saved = f"(saved {ago(time.time() - plain['time'])} in {directory})"
+        if self.epoch == self.config.epochs:
+            return [f"all {self.epoch} epochs are done {saved}"]
+        of = "" if self.batches is None else f" of {self.batches}"
+        news = [f"resuming in epoch {self.epoch + 1} of {self.config.epochs}, after batch {self.position}{of} {saved}"]
+        if same is None:
+            news.append("its data cannot be compared: the loader's first batch is another one each time")
+        return news
+
+    def restore(self, groups: dict[str, dict[str, Tensor]], plain: dict[str, Any]) -> None:
         self.model.load_state_dict(groups["model"])
         checkpoints.unpack_optimizer(self.optimizer, groups.get("optimizer", {}), plain["optimizer"])
         if self.averaged is not None:
             self.averaged.load_state_dict(groups["averaged"])
         self.best, self.epoch_rng = groups.get("best"), groups.get("epoch_rng")
-        for name in ("epoch", "position", "step", "loss_sum", "seconds"):
+        self.first_batch, self.first_rng = plain["first_batch"], groups.get("first_rng", {})
+        for name in COUNTERS:
             setattr(self, name, plain[name])
         self.result = TrainResult(plain["history"], plain["best_epoch"], resumed_from=self.step)
         checkpoints.set_rng_state(groups["rng"])
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for _, tensor in floating_outputs(output))
+
+
+def ago(seconds: float) -> str:
+    """How long ago that was, in one unit."""
+    size, unit = next(((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
+    return f"{max(0.0, seconds) / size:.0f} {unit} ago"
 
 
 def describe(record: Mapping[str, float], epochs: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -229,3 +230,66 @@ def test_verify_leaves_padding_out():
     )
     assert report["hidden"].rows == 4
     assert report["hidden"].relative_error == 0.0
+
+
+class _Passes(nn.Module):
+    """Gives what it gets times `factor`, so that a batch is its outputs."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * torch.where(x.abs() > 5, self.factor, 1.0)
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_verify_hides_no_row_that_is_not_finite(factor):
+    # Seen: relative error 0.0000 and agreement 1.0000 for outputs that were NaN.
+    data = [(torch.tensor([[1.0, 0.0, 2.0], [9.0, 1.0, 0.0]]), torch.tensor([2, 0]))]
+    report = inhernet.verify(_Passes(factor), _Passes(), data)
+    output = report["output"]
+    assert (output.nonfinite, output.teacher_nonfinite, output.rows) == (1, 0, 2)
+    figures = (output.cosine, output.relative_error, output.kl, output.agreement, report.accuracy)
+    assert not any(math.isfinite(figure) for figure in figures)
+    assert report.teacher_accuracy == 1.0
+    assert "not finite (NaN or infinity): the model's 'output' in 1 of 2 rows" in str(report)
+    other = inhernet.verify(_Passes(), _Passes(factor), data)
+    assert other["output"].teacher_nonfinite == 1
+    assert not math.isfinite(other["output"].relative_error)
+    assert "the teacher's 'output'" in other.trouble
+    assert not inhernet.verify(_Passes(), _Passes(), data).trouble
+    assert inhernet.verify(_Passes(), _Passes(factor), [data[0][0][:1]]).trouble == ""  # the other row alone
+
+
+def test_verify_of_a_silent_teacher_is_no_fidelity():
+    class Silent(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    assert inhernet.verify(_Passes(), Silent(), [torch.ones(2, 3)])["output"].relative_error == math.inf
+    assert inhernet.verify(Silent(), Silent(), [torch.ones(2, 3)])["output"].relative_error == 0.0
+
+
+def test_verify_leaves_ignored_labels_out():
+    # Seen: accuracy 0.5, the ignored row counted as wrong; a mapping's labels were not looked at.
+    class Tagger(nn.Module):
+        def forward(self, x, labels=None):
+            return {"logits": x, "hidden": x}
+
+    x, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, -100])
+    for batch, model in (((x, labels), _Passes()), ({"x": x, "labels": labels}, Tagger())):
+        report = inhernet.verify(model, model, [batch])
+        assert (report.accuracy, report.teacher_accuracy, report.outputs[0].rows) == (1.0, 1.0, 1)
+    assert report["hidden"].rows == 2
+    with pytest.raises(ValueError, match="batch 1: target has the class 7"):
+        inhernet.verify(_Passes(), _Passes(), [(x, torch.tensor([0, 7]))])
+
+
+def test_verify_refuses_nothing():
+    # Seen: rows of all-zero figures for batches of size 0.
+    for loader in ([], [torch.randn(0, 3)], iter([])):
+        with pytest.raises(ValueError, match="loader gave no rows"):
+            inhernet.verify(_Passes(), _Passes(), loader)
+    with pytest.raises(TypeError, match="loader is Tensor"):
+        inhernet.verify(_Passes(), _Passes(), torch.randn(2, 3))

@@ -79,3 +79,13 @@ def test_published_objectives(name: str, ce: float, kd: float, temperature: floa
 def test_bad_input_is_named(make, words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
         make()
+
+
+def test_ignored_targets_leave_the_cross_entropy_alone() -> None:
+    # Seen: NaN where every target of a batch is ignored, and with it the advice to lower the learning rate.
+    task = OBJECTIVES["task"]
+    logits, target = torch.randn(4, 3), torch.tensor([0, -100, 2, -100])
+    assert torch.allclose(task(logits, target, None), F.cross_entropy(logits[[0, 2]], target[[0, 2]]))
+    assert float(task(logits, torch.full((4,), -100), None)) == 0.0
+    soft = torch.softmax(torch.randn(4, 3), -1)
+    assert torch.allclose(task(logits, soft, None), F.cross_entropy(logits, soft))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import inhernet
 from inhernet.distill import OBJECTIVES, Interrupted, TrainConfig, fit
 from inhernet.distill.state import FILE, load_state
 from inhernet.distill.trainer import learning_rate, parameter_groups
@@ -142,17 +144,119 @@ def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert len(result.history) == 3
 
 
+class OtherLoader(RandomLoader):
+    """The same sizes, other data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = self.x + 1
+
+
+def mean_squares(output, target, guidance) -> torch.Tensor:
+    return (output - guidance).square().mean()
+
+
+def stopped(directory: Path, **options) -> None:
+    with pytest.raises(Interrupted):
+        train(small_net(), TrainConfig(epochs=2), checkpoint_dir=directory, forward=stop_after(2, 15), **options)
+
+
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    # Seen: another objective, teacher or data went on from the checkpoint without a word.
     teacher = teacher_net()
-    train(small_net(), TrainConfig(epochs=1), teacher=teacher, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"lr was 0\.01, is 0\.5"):
-        train(small_net(), TrainConfig(epochs=1, lr=0.5), teacher=teacher, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="layers or plan"):
-        train(small_net(heads=2), TrainConfig(epochs=1), teacher=teacher, checkpoint_dir=tmp_path)
+    stopped(tmp_path, teacher=teacher)
+
+    def refused(words: str, config: TrainConfig | None = None, net: nn.Module | None = None, **options) -> None:
+        model = net or small_net(3)
+        before = copy.deepcopy(model)
+        options = {"loader": RandomLoader(), "loss": OBJECTIVES["default"], "teacher": teacher} | options
+        with pytest.raises(ValueError, match=f"holds another run .*{words}.*resume=False .*--restart"):
+            fit(
+                model, config=config or TrainConfig(epochs=2), checkpoint_dir=tmp_path, show_progress=False, **options
+            )  # fmt: skip
+        assert same(model, before)
+
+    refused(r"lr was 0\.01, is 0\.5", TrainConfig(epochs=2, lr=0.5))
+    refused("layers or plan differ", net=small_net(heads=2))
+    refused("objective was 'Objective.ce=0.1.*is 'Objective.ce=0.3", loss=OBJECTIVES["published-demo"])
+    refused("objective was 'Objective.*mean_squares", loss=mean_squares)
+    refused("teacher's class or weights differ", teacher=None, loss=OBJECTIVES["default"])
+    shifted = copy.deepcopy(teacher)
+    shifted[1].running_mean += 1e-3  # a buffer: parameters are not all that a teacher computes with
+    refused("teacher's class or weights differ", teacher=shifted)
+    refused("batches was 5, is 4", loader=RandomLoader(4))
+    refused("the data's first batch differs", loader=OtherLoader())
+
+    train(small_net(3), TrainConfig(epochs=2), teacher=teacher, checkpoint_dir=tmp_path)
     train(small_net(heads=2), TrainConfig(epochs=1), teacher=teacher, checkpoint_dir=tmp_path, resume=False)
     (tmp_path / FILE).write_bytes(b"\x80\x04junk")
     with pytest.raises(ValueError, match="not a readable training checkpoint"):
         train(small_net(), TrainConfig(epochs=1), teacher=teacher, checkpoint_dir=tmp_path)
+
+
+def test_an_inherited_network_goes_on_from_its_own_start_only(tmp_path: Path) -> None:
+    teacher = teacher_net()
+    plan = inhernet.plan(teacher, inhernet.InheritConfig())
+    stopped_net, other = inhernet.inherit(teacher, plan), inhernet.inherit(teacher, plan)
+    options = {"teacher": teacher, "checkpoint_dir": tmp_path}
+    with pytest.raises(Interrupted):
+        train(stopped_net, TrainConfig(epochs=2), forward=stop_after(2, 15), **options)
+    with torch.no_grad():
+        other[4].bias.add_(1e-3)
+    with pytest.raises(ValueError, match="the weights that the model starts from differ"):
+        train(other, TrainConfig(epochs=2), **options)
+    train(inhernet.inherit(teacher, plan), TrainConfig(epochs=2), **options)
+
+
+class Restless(RandomLoader):
+    """Draws from a generator of its own that nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = numpy.random.default_rng()
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x + self.own.random(), y
+
+
+def test_data_that_does_not_repeat_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"loss": OBJECTIVES["default"], "teacher": teacher_net(), "checkpoint_dir": tmp_path}
+    with pytest.raises(Interrupted):
+        fit(small_net(), Restless(), TrainConfig(epochs=1), forward=stop_after(2, 15), show_progress=False, **options)
+    result = fit(small_net(), Restless(), TrainConfig(epochs=1), **options)
+    assert result.resumed_from == 2
+    assert "cannot be compared" in capsys.readouterr().out
+
+
+def test_a_dataloader_with_its_own_generator_goes_on_as_before(tmp_path: Path) -> None:
+    def loader() -> torch.utils.data.DataLoader:
+        data = RandomLoader()
+        own = torch.Generator().manual_seed(4)
+        return torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(data.x, data.y), 6, shuffle=True, generator=own
+        )
+
+    nets = [small_net(), small_net(), small_net(2)]
+    options = {"loss": OBJECTIVES["default"], "teacher": teacher_net(), "show_progress": False}
+    fit(nets[0], loader(), TrainConfig(epochs=1), **options)
+    with pytest.raises(Interrupted):
+        fit(nets[1], loader(), TrainConfig(epochs=1), checkpoint_dir=tmp_path, forward=stop_after(2, 15), **options)
+    fit(nets[2], loader(), TrainConfig(epochs=1), checkpoint_dir=tmp_path, **options)
+    assert same(nets[0], nets[2])
+
+
+def test_a_resumed_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Seen: not a word, the bar began in its middle.
+    options = {"loss": OBJECTIVES["default"], "teacher": teacher_net(), "checkpoint_dir": tmp_path}
+    with pytest.raises(Interrupted):
+        fit(small_net(), RandomLoader(), TrainConfig(epochs=2), forward=stop_after(7, 15), **options)
+    assert "resuming" not in capsys.readouterr().out
+    fit(small_net(), RandomLoader(), TrainConfig(epochs=2), **options)
+    shown = capsys.readouterr().out
+    assert f"resuming in epoch 2 of 2, after batch 2 of 5 (saved 0 s ago in {tmp_path})" in shown
+    fit(small_net(), RandomLoader(), TrainConfig(epochs=2), **options)
+    assert "all 2 epochs are done (saved" in capsys.readouterr().out
 
 
 def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +364,17 @@ def test_best_weights_survive_an_interruption(tmp_path: Path) -> None:
     assert same(nets[0], nets[2])
 
 
+def test_a_nan_score_is_never_the_best_and_hides_no_other() -> None:
+    # Seen: with NaN at epoch 0, min() stays NaN, and no later epoch was kept.
+    for scores, best in (([math.nan, 3.0, 4.0, math.nan], 1), ([5.0, math.nan, 6.0, 7.0], 0)):
+        left = iter(scores)
+        config = TrainConfig(epochs=3, keep_best="min:score")
+        result = train(
+            small_net(), config, teacher=teacher_net(), validate=lambda model, left=left: {"score": next(left)}
+        )
+        assert result.best_epoch == best
+
+
 def test_schedule_rises_and_falls() -> None:
     config = TrainConfig(lr=1.0, warmup=0.2)
     rates = [learning_rate(step, 100, config) for step in range(101)]
@@ -332,5 +447,32 @@ def test_bad_runs_are_named() -> None:
         fit(nn.Linear(2, 2).requires_grad_(False), [], loss=OBJECTIVES["task"])
     with pytest.raises(FloatingPointError, match="epoch 1, batch 1"):
         fit(nn.Linear(2, 2), [(torch.full((1, 2), torch.inf), torch.tensor([0]))], loss=OBJECTIVES["task"])
+    with pytest.raises(ValueError, match="epoch 1, batch 2: target has the class 4"):
+        good, bad = (torch.randn(1, 2), torch.tensor([0])), (torch.randn(1, 2), torch.tensor([4]))
+        fit(nn.Linear(2, 2), [good, bad], loss=OBJECTIVES["task"], show_progress=False)
+    with pytest.raises(ValueError, match="loader is a list_iterator, which can be read only once, and epochs is 5"):
+        fit(nn.Linear(2, 2), iter([good]), loss=OBJECTIVES["task"])
+    with pytest.raises(TypeError, match="loader is Tensor"):
+        fit(nn.Linear(2, 2), torch.randn(3, 2), loss=OBJECTIVES["task"])
+    with pytest.raises(FloatingPointError, match="the teacher's output is not finite"):
+        broken = nn.Linear(2, 2)
+        nn.init.constant_(broken.weight, torch.nan)
+        fit(nn.Linear(2, 2), [good], loss=OBJECTIVES["default"], teacher=broken, show_progress=False)
     with pytest.raises(ValueError, match="keep_best names 'kl'"):
         train(small_net(), TrainConfig(keep_best="min:kl"), validate=figures)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(clip: float | None) -> None:
+    # Seen: a finite loss whose gradient is infinite, then NaN weights, and only in the next step an error.
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is (nan|inf) in epoch 1, batch 1"):
+        fit(
+            model,
+            [(torch.randn(3, 2), torch.tensor([0, 1, 1]))],
+            TrainConfig(epochs=1, clip_norm=clip),
+            loss=lambda output, *_: (output - output.detach()).abs().sqrt().sum(),
+            show_progress=False,
+        )
+    assert same(model, before)
