@@ -256,7 +256,10 @@ def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert 0 < plain["position"] < 80
     assert main([*train[:-1], "2"]) == 2  # another schedule is another run
     assert "epochs was 1, is 2" in capsys.readouterr().err
-    for change, words in ((["--objective", "task"], "objective was"), (["--data", "mine:parts"], "batches was 80, is 4")):
+    for change, words in (
+        (["--objective", "task"], "objective was"),
+        (["--data", "mine:parts"], "batches was 80, is 4"),
+    ):
         assert main([*train, *change]) == 2
         error = capsys.readouterr().err
         assert words in error

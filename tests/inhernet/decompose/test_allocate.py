@@ -162,4 +162,6 @@ def test_no_affordable_rank_is_left_over():
 def random_layer(name: str, draw: random.Random) -> LayerPlan:
     heads = draw.choice((1, 1, 3))
     bias = draw.random() < 0.5
-    return layer(name, draw.randint(2, 300), draw.randint(2, 300), bias=bias, head_bias=bias, heads=heads, gate=heads > 1)
+    return layer(
+        name, draw.randint(2, 300), draw.randint(2, 300), bias=bias, head_bias=bias, heads=heads, gate=heads > 1
+    )
