@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import models, nn
+    from . import models as models
+    from . import nn as nn
     from .checkpoint import load, save
     from .config import EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
     from .decompose import Plan, inherit, plan, summary, verify
@@ -32,6 +33,7 @@ _HOME = {
     "load": "checkpoint",
 }
 
+# Without `models` and `nn`: `from inhernet import *` must not shadow torch's.
 __all__ = [
     "EnergyBudget",
     "InheritConfig",
@@ -42,8 +44,6 @@ __all__ = [
     "UniformRatio",
     "inherit",
     "load",
-    "models",
-    "nn",
     "optimize",
     "plan",
     "save",
@@ -63,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "models", "nn"]

@@ -25,6 +25,7 @@ from . import architecture, atomic
 from .decompose import Plan
 from .export import Optimization, restore
 from .nn import LowRankModule, empty_like_dense
+from .pretrained import warn_of_pretrained
 
 FORMAT_VERSION = 1
 CONFIG, PLAN, WEIGHTS, OPTIMIZED = "config.json", "plan.json", "model.safetensors", "optimized.json"
@@ -123,6 +124,7 @@ def load(
     model.__dict__["inhernet_factory"] = (name, args)
     if plan is not None:
         model.inhernet_plan = plan
+        warn_of_pretrained(model)
     model.eval()
     if choices is None or not optimized:
         return model

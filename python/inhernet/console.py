@@ -15,7 +15,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -87,6 +86,20 @@ def _print(
     )
 
 
+class _Log:
+    """Where there is no terminal: when a task and those inside it began, and when one of them last spoke."""
+
+    def __init__(self) -> None:
+        self.begun = self.said = time.monotonic()
+
+    def due(self, now: float) -> bool:
+        return now - self.said >= min(max(FIRST_LINE, (now - self.begun) / 10), LONGEST_SILENCE)
+
+    def say(self, text: str, *, stderr: bool) -> None:
+        self.said = time.monotonic()
+        say(text, stderr=stderr)
+
+
 class Steps:
     """A running count: `advance()` per step, with what there is to say of it; `line(text)` for what is to stay.
 
@@ -94,41 +107,38 @@ class Steps:
     tenth of the time so far, so that an hour gives some twenty lines.
     """
 
-    def __init__(self, bar: Progress | None, description: str, total: int | None, done: int) -> None:
-        self._bar, self._description, self._total = bar, description, total
+    def __init__(self, where: Progress | _Log, description: str, total: int | None, done: int) -> None:
+        self._where, self._description, self._total = where, description, total
         self._start = self._done = done
-        self._begun = self._said = time.monotonic()
-        self._task = TaskID(0)
-        if bar is not None:
-            self._task = bar.add_task(description, total=total, completed=done, note="")
+        self._begun = time.monotonic()
+        if isinstance(where, Progress):
+            self._task = where.add_task(description, total=total, completed=done, note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
-        if self._bar is not None:
-            self._bar.update(self._task, advance=steps, note=note)
+        if isinstance(self._where, Progress):
+            self._where.update(self._task, advance=steps, note=note)
             return
         now = time.monotonic()
-        if now - self._said >= min(max(FIRST_LINE, (now - self._begun) / 10), LONGEST_SILENCE):
-            self._said = now
-            say("  ".join(filter(None, (self._description.rstrip(), self._figures(now), note))), stderr=True)
+        if self._where.due(now):
+            text = "  ".join(filter(None, (self._description.rstrip(), self._figures(now), note)))
+            self._where.say(text, stderr=True)
 
     def line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(f"{self._description}  {text}", soft_wrap=True)
+        if isinstance(self._where, Progress):
+            self._where.console.print(f"{self._description}  {text}", soft_wrap=True)
         else:
-            self._said = time.monotonic()
-            say(f"{self._description}  {text}")
+            self._where.say(f"{self._description}  {text}", stderr=False)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.remove_task(self._task)
+        if isinstance(self._where, Progress):
+            self._where.remove_task(self._task)
 
     def _figures(self, now: float) -> str:
-        elapsed = now - self._begun
         if self._total is None:
-            return f"step {self._done:,}, {_clock(elapsed)} so far"
-        left = elapsed * (self._total - self._done) / max(self._done - self._start, 1)
-        return f"step {self._done:,} of {self._total:,}, {_clock(elapsed)} so far, about {_clock(left)} left"
+            return f"step {self._done:,}"
+        left = (now - self._begun) * (self._total - self._done) / max(self._done - self._start, 1)
+        return f"step {self._done:,} of {self._total:,}, about {_clock(left)} left"
 
 
 class _Silent(Steps):
@@ -152,8 +162,9 @@ def _bar() -> Progress:
     return Progress(*columns, console=console(stderr=True), transient=True)
 
 
-# The bar on the terminal, or False inside a silent task: what runs inside (a validation) is a row of the same bar.
-_current: ContextVar[Progress | bool | None] = ContextVar("_current", default=None)
+# Where the running task shows, or False inside a silent one: what runs inside (a validation) is a row of the same bar, and
+# shares its silence in a log.
+_current: ContextVar[Progress | _Log | bool | None] = ContextVar("_current", default=None)
 
 
 @contextmanager
@@ -162,14 +173,14 @@ def progress(description: str, total: int | None = None, enabled: bool = True, d
     outer = _current.get()
     silent = not enabled or outer is False
     with ExitStack() as stack:
-        bar: Progress | None = None
-        if not silent and isinstance(outer, Progress):
-            bar = outer
+        where: Progress | _Log = _Log()
+        if not silent and isinstance(outer, (Progress, _Log)):
+            where = outer
         elif not silent and sys.stderr.isatty():
-            bar = stack.enter_context(_bar())
-        token = _current.set(False if silent else bar)
+            where = stack.enter_context(_bar())
+        token = _current.set(False if silent else where)
         stack.callback(_current.reset, token)
-        steps = (_Silent if silent else Steps)(bar, description, total, done)
+        steps = (_Silent if silent else Steps)(where, description, total, done)
         stack.callback(steps.close)
         yield steps
 

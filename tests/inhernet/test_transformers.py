@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
+import weakref
+
 import pytest
 import torch
 
@@ -55,3 +60,33 @@ def test_convert_run_save_load(build, tmp_path):
         assert actual.isfinite().all()
         inhernet.save(model, tmp_path / "model")
         torch.testing.assert_close(inhernet.load(tmp_path / "model")(**inputs)[0], actual)
+
+
+def test_save_pretrained_says_what_it_loses(tmp_path):
+    # from_pretrained builds the dense class; that the replaced layers come back random was said by nobody.
+    model = inhernet.inherit(bert()[0], inhernet.InheritConfig(budget=inhernet.UniformRatio(0.5)))
+    inhernet.save(model, tmp_path / "ours")
+    for variant in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), inhernet.load(tmp_path / "ours")):
+        with pytest.warns(UserWarning, match="from_pretrained will not bring.*BertModel.*13 inherited.*inhernet.save"):
+            variant.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bert()[0].save_pretrained(tmp_path / "dense")
+    # No cycle: the memory is free without the garbage collector.
+    reference = weakref.ref(variant)
+    del variant
+    assert reference() is None
+
+
+def test_gpt2_says_that_it_stays_dense():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50))
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*8 × transformers' Conv1D.*1 × tied"):
+        inhernet.inherit(model)
+
+
+def test_experts_are_listed():
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, vocab_size=50, num_local_experts=4)
+    plan = inhernet.plan(transformers.MixtralForCausalLM(config))
+    experts = [layer for layer in plan if "experts" in layer.name and layer.kind == "other"]
+    linear = [layer for layer in plan if "experts" in layer.name and layer.kind == "linear"]
+    assert linear or (experts and all("4 experts in one tensor" in layer.reason for layer in experts))

@@ -1,6 +1,7 @@
 """From a trained model to an inherited one: plan, convert, verify, summarise."""
 
-from .conversion import inherit, reestimate_batchnorm
+from .batchnorm import reestimate_batchnorm
+from .conversion import inherit
 from .layers import LayerPlan
 from .overview import LayerSummary, Summary, summary
 from .planning import plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,14 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy, of modules with old-style weight_norm, spectral_norm or pruning too: their `weight` is the result of
+    a computation, which torch does not copy, and is made anew at the next call anyway."""
+    made = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    known = {id(value): value.detach().clone() for value in made if not value.is_leaf}
+    return copy.deepcopy(model, {**known, **(memo or {})})
 
 
 def model_inputs(batch: Any, device: torch.device) -> Any:

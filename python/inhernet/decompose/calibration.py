@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .factorise import Moments
 
 # A layer's name and the initialisation its moments are for.
 Key = tuple[str, str]
+# Fewer samples than this are warned of: their moments say more about them than about the task.
+FEW_SAMPLES = 8
 # Patches are unfolded in pieces of at most this many numbers (64 MB in float32).
 UNFOLD_LIMIT = 1 << 24
 
@@ -71,8 +74,12 @@ def collect_moments(
         seed: of the directions.
 
     Raises:
-        ValueError: no batches, or no floating output to project.
+        ValueError: no batches, no floating output to project, or a NaN or infinity on the way (with the batch's number
+            and the layer's name).
         TypeError: a batch of an unknown form.
+
+    Warns:
+        UserWarning: fewer than 8 samples.
     """
     modules = dict(model.named_modules())
     needs = list(needs)
@@ -88,22 +95,44 @@ def collect_moments(
         torch.set_grad_enabled(fisher),
         progress("calibration", total) as bar,
     ):
-        sums = {(name, init): _Sums(modules[name], init == "fisher") for name, init in needs}
-        for batch in calibration:
+        sums = {(name, init): _Sums(name, modules[name], init == "fisher") for name, init in needs}
+        for number, batch in enumerate(calibration, 1):
             inputs = model_inputs(batch, device)
             draws += batch_size(inputs) * projections
-            _one_batch(model, sums, inputs, output_fn, projections, generator, scales)
+            try:
+                _one_batch(model, sums, inputs, output_fn, projections, generator, scales)
+            except NotFinite as problem:
+                raise ValueError(f"calibration batch {number}: {problem}; {origin(inputs)}") from None
             bar.advance()
     if not draws:
         raise ValueError("calibration yielded no batches (or only empty ones); expected at least one")
+    samples = draws // projections
+    if samples < FEW_SAMPLES:
+        warnings.warn(
+            f"calibration holds {samples} sample{'s' * (samples > 1)}, and the ranks fit these rather than the task; "
+            "256 varied samples serve",
+            stacklevel=4,
+        )
     return {key: s.moments(draws) for key, s in sums.items()}
+
+
+class NotFinite(Exception):
+    """A NaN or an infinity, and where it was met."""
+
+
+def origin(inputs: Any) -> str:
+    """Whether a batch brought the NaN or infinity that was met, and what to do."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    if all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
+        return "the batch itself is finite, so the model makes them: look at its weights and its dtype"
+    return "the batch itself holds them: clean it or leave it out"
 
 
 class _Sums:
     """Running sums of one layer's moments, on its smaller side (see `Moments`)."""
 
-    def __init__(self, module: Any, fisher: bool) -> None:
-        self.module, self.fisher = module, fisher
+    def __init__(self, name: str, module: Any, fisher: bool) -> None:
+        self.name, self.module, self.fisher = name, module, fisher
         self.conv = isinstance(module, nn.Conv2d)
         self.weight = _real(module.weight.detach().flatten(1))
         self.rows, self.columns = self.weight.shape
@@ -142,10 +171,15 @@ class _Sums:
         for vectors, squares, piece in captured:
             g = _real(_pixels(_images(gradient)[piece]) if self.conv else real_rows(gradient, masks))
             weight = _squares(g)
+            self.need_finite("the gradient at the output", weight)
             self.output_square += float(weight.sum())
             side = g @ self.weight if self.narrow else g
             self.outputs += side.mT @ side
             self.add(vectors, squares, weight)
+
+    def need_finite(self, what: str, *tensors: Tensor) -> None:
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise NotFinite(f"{what} of layer {self.name!r} holds NaN, infinity or what overflows when squared")
 
     def moments(self, draws: int) -> Moments:
         total = self.total if self.total > 0 else 1.0
@@ -200,6 +234,8 @@ def _project(
             # Selected, not multiplied by zero: whatever stands on a padded position (NaN too) stays out.
             tensor, direction = tensor[mask], direction[mask]
             break
+    if not bool(tensor.isfinite().all()):
+        raise NotFinite(f"the model's {name!r} holds NaN or infinity (output_fn= chooses another)")
     if name not in scales:
         rms = float(tensor.detach().float().square().mean().sqrt())
         scales[name] = 1.0 / rms if rms > 0 else 1.0
@@ -210,6 +246,8 @@ def _hook(sums: _Sums, masks: list[Tensor], leaves: list[Tensor]) -> Callable[..
     def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x, y = (args[0] if args else kwargs["input"]).detach(), output.detach()
         captured = sums.capture(_images(x), _images(y), masks) if sums.conv else sums.capture(x, y, masks)
+        sums.need_finite("the input", *(squares for _, squares, _ in captured))
+        sums.need_finite("the input or output", *(vectors for vectors, _, _ in captured))
         if not sums.fisher:
             for vectors, squares, _ in captured:
                 sums.add(vectors, squares)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import nn
 
 from ..config import InheritConfig
-from ..console import progress
 from ..nn import LowRankModule, empty_like_dense, fill_published_, from_dense
-from .batches import batch_size, call, device_of, model_inputs, reusable, undisturbed
+from ..pretrained import warn_of_pretrained
+from .batches import copied, reusable
+from .batchnorm import check_batchnorm, reestimate_batchnorm
 from .calibration import collect_moments
 from .factorise import random_factors
 from .layers import LayerPlan
 from .planning import factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
+from .selection import check_teacher
 
 
 def inherit(
@@ -28,6 +31,7 @@ def inherit(
     output_fn: Callable[[Any], Any] | None = None,
     *,
     check_hash: bool = True,
+    batchnorm: bool = True,
 ) -> nn.Module:
     """Convert a teacher. The teacher is untouched; the result keeps its device, dtypes, flags and module names.
 
@@ -35,16 +39,24 @@ def inherit(
         teacher: the trained model.
         plan_or_config: a `Plan` (its ranks are followed to the letter), or a configuration, which is planned first.
         calibration: batches as for `plan`. Needed when a configuration or a plan without statistics asks for
-            "activation" or "fisher". BatchNorm statistics are re-estimated from these batches, or from those the plan
-            was made with while it is still in memory (on the digits network: 51–73 % → 95 % before any training).
+            "activation" or "fisher".
         output_fn: as for `plan`; used only where statistics are collected here.
         check_hash: refuse a plan made for other weights.
+        batchnorm: re-estimate BatchNorm statistics from the calibration batches, or from those the plan was made with
+            while it is still in memory (on the digits network: 51–73 % → 95 % before any training). False keeps the
+            teacher's: for calibration data that is not like what the teacher was trained on.
 
     Returns:
         A new model with attribute `inhernet_plan`, the plan without its statistics.
 
     Raises:
-        ValueError: the plan is for other weights, was edited into something impossible, or lacks statistics.
+        TypeError: the teacher is no `nn.Module`.
+        ValueError: the plan is for other weights, was edited into something impossible, or lacks statistics; weights
+            or calibration batches with NaN or infinity, by name; what `plan` raises.
+
+    Warns:
+        UserWarning: nothing was factorised; fewer than 8 samples; calibration data on which the teacher's own BatchNorm
+            statistics are far from those of its training.
 
     Example:
         >>> from inhernet import UniformRank
@@ -53,20 +65,27 @@ def inherit(
         torch.Size([8, 64])
     """
     calibration = None if calibration is None else reusable(calibration)
+    check_teacher(teacher)
     if isinstance(plan_or_config, Plan):
         result = plan_or_config
         _check(result, teacher, check_hash)
         _complete(result, teacher, calibration, output_fn)
     else:
         result = plan(teacher, plan_or_config, calibration, output_fn)
-    model = copy.deepcopy(teacher)
+    if not result.factorised:
+        why = Counter(layer.reason for layer in result.selected or result).most_common(1)[0]
+        warnings.warn(
+            f"nothing was factorised, the result is a copy of the teacher: {why[0]} ({why[1]} of {len(result)} layers)",
+            stacklevel=2,
+        )
+    model = copied(teacher)
     for layer in result.factorised:
         model = _replace(model, layer.name, _module(model.get_submodule(layer.name), layer, result, teacher))
     batches = result.calibration if calibration is None else calibration
-    if batches is not None and result.factorised:
-        reestimate_batchnorm(model, batches)
+    if batchnorm and batches is not None and result.factorised and reestimate_batchnorm(model, batches):
+        check_batchnorm(teacher, batches)
     setattr(model, "inhernet_plan", result.bare())  # noqa: B010  (mypy takes a plain assignment for a tensor)
-    return model
+    return warn_of_pretrained(model)
 
 
 def _check(result: Plan, teacher: nn.Module, check_hash: bool) -> None:
@@ -138,38 +157,3 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
     return model
-
-
-@torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, calibration: Iterable[Any]) -> int:
-    """Recompute the running statistics of every BatchNorm in one pass, in place; returns how many there are.
-
-    Each batch counts by its size, dropout stays off, momentum, flags and batch counters are restored on any exit.
-    """
-    norms: list[Any] = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    if not norms:
-        return 0
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    device, seen = device_of(model), 0
-    calibration = reusable(calibration)
-    with undisturbed(model), torch.inference_mode(False), progress("BatchNorm") as bar:
-        try:
-            for norm in norms:
-                norm.train()
-            for batch in calibration:
-                inputs = model_inputs(batch, device)
-                size = batch_size(inputs)
-                seen += size
-                for norm in norms:
-                    norm.momentum = size / seen
-                call(model, inputs)
-                bar.advance()
-        finally:
-            for norm, (momentum, counter) in zip(norms, before, strict=True):
-                norm.momentum = momentum
-                norm.num_batches_tracked.copy_(counter)
-    if not seen:
-        raise ValueError("calibration yielded no batches (or only empty ones); expected at least one")
-    return len(norms)

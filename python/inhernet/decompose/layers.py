@@ -11,10 +11,10 @@ from typing import Any
 class LayerPlan:
     """The decision about one layer; `rank` may be edited (an int, or None to keep it dense).
 
-    `kind`: "linear" or "conv2d". `shape`: `(N, K)`, K = C·kh·kw for a convolution. `bias`: whether the dense layer has
-    one; `head_bias`: whether each head gets one. `fixed`: the layer cannot be factorised at all. `why_dense` explains a
-    rank of None. `kept`: share of the squared singular values (in the initialisation's weighting) the rank keeps, where
-    known.
+    `kind`: "linear", "conv2d", or "other" for a matrix that is only listed with its reason. `shape`: `(N, K)`,
+    K = C·kh·kw for a convolution. `bias`: whether the dense layer has one; `head_bias`: whether each head gets one.
+    `fixed`: the layer cannot be factorised at all. `why_dense` explains a rank of None. `kept`: share of the squared
+    singular values (in the initialisation's weighting) the rank keeps, where known.
     """
 
     name: str
@@ -110,8 +110,8 @@ class LayerPlan:
     def check(self, guard: bool = False) -> None:
         """Raise ValueError if an edit made the layer impossible; `guard` also refuses ranks above break-even."""
         where = f"plan, layer {self.name!r}"
-        if self.kind not in ("linear", "conv2d"):
-            raise ValueError(f"{where}: kind is {self.kind!r}, expected 'linear' or 'conv2d'")
+        if self.kind not in ("linear", "conv2d", "other"):
+            raise ValueError(f"{where}: kind is {self.kind!r}, expected 'linear', 'conv2d' or 'other'")
         if not isinstance(self.heads, int) or self.heads < 1:
             raise ValueError(f"{where}: heads is {self.heads!r}, expected an integer of at least 1")
         if self.heads > 1 and not self.gate:

@@ -14,7 +14,7 @@ from .calibration import Key, collect_moments
 from .factorise import Factors, Moments, plain_factors, weighted_factors
 from .layers import LayerPlan
 from .plans import Plan, weights_hash
-from .selection import candidates, hits
+from .selection import candidates, check_teacher, hits
 
 NEEDS = ("activation", "fisher")
 
@@ -28,6 +28,8 @@ def plan(
     statistics: Plan | None = None,
 ) -> Plan:
     """Decide for every linear layer and 2-D convolution whether it is factorised, and at which rank. A dry run.
+
+    Matrices of other layers are listed with the reason why they stay dense.
 
     Args:
         model: the teacher; flags, buffers and gradients are untouched.
@@ -43,8 +45,10 @@ def plan(
         A `Plan`: print it, edit it, save it, hand it to `inherit`.
 
     Raises:
-        ValueError: nothing to factorise, a pattern without a match, a rule's rank above break-even, a budget that
-            cannot be met, or an initialisation that needs calibration without it.
+        TypeError, ValueError: the model is no `nn.Module`, or its weights are on meta, made under inference mode, NaN.
+        ValueError: no layer can be factorised (with the reasons), a pattern without a match, a rule's rank above
+            break-even, a budget that cannot be met, an initialisation that needs calibration without it, or a NaN or
+            infinity in calibration (with the batch and the layer).
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -53,6 +57,7 @@ def plan(
     """
     config = config or InheritConfig()
     calibration = None if calibration is None else reusable(calibration)
+    check_teacher(model)
     digest = weights_hash(model)
     if statistics is not None:
         _reusable_statistics(statistics, calibration, digest)
@@ -75,7 +80,7 @@ def plan(
         raise ValueError("allocation='fisher' needs calibration data; pass calibration=, or use allocation='uniform'")
     chosen = _drop_unreached(chosen, moments or {})
     total = sum(p.numel() for p in model.parameters())
-    names = [layer.name for layer, _ in pairs]
+    names = [layer.name for layer, _ in pairs if layer.kind != "other"]
     matches = {f"rules {k!r}": hits(k, names) for k in config.rules if k != "_default"}
     matches |= {f"exclude {k!r}": hits(k, names) for k in config.exclude}
     result = Plan([layer for layer, _ in pairs], config, digest, total, matches, moments)

@@ -3,31 +3,104 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import InheritConfig, match_rule
 from .layers import LayerPlan
 
+_DECOMPOSED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # torch's own containers that read `.weight` of these children instead of calling them.
 _READ_DIRECTLY = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+# Modules with matrices that no op here computes, and why; the first that fits speaks.
+_NOT_SERVED: tuple[tuple[type, str], ...] = (
+    (nn.Embedding, "a table that is looked up, not multiplied"),
+    (nn.EmbeddingBag, "a table that is looked up, not multiplied"),
+    (nn.MultiheadAttention, "nn.MultiheadAttention reads its fused projection directly"),
+    (nn.RNNBase, "a recurrent layer runs in torch's fused kernel, which reads its weights directly"),
+    (nn.RNNCellBase, "a recurrent cell reads its weights directly"),
+    (nn.Conv1d, "1-D convolution; 2-D ones are served"),
+    (nn.Conv3d, "3-D convolution; 2-D ones are served"),
+    (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
+    (nn.Bilinear, "bilinear: two inputs"),
+)
+# What torch.nn.utils leaves in place of `weight`, which is then made of it at every call; and what ends that.
+_MADE_OF = {
+    ("weight_g", "weight_v"): ("weight_norm", "torch.nn.utils.remove_weight_norm(layer)"),
+    ("weight_orig", "weight_mask"): ("pruning", "torch.nn.utils.prune.remove(layer, 'weight')"),
+    ("weight_orig", "weight_u"): ("spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"),
+}
 
 
 def candidates(model: nn.Module, config: InheritConfig) -> list[tuple[LayerPlan, Any]]:
-    """Every linear and 2-D convolution of `model` with the rule that applies to it (None: the budget decides).
+    """Every linear and 2-D convolution of `model` with the rule that applies to it (None: the budget decides); and, to
+    be seen with the reason why they stay, its other matrices.
 
     Raises:
-        ValueError: the model has no such layer, or a rule or exclusion names nothing.
+        ValueError: no layer can be factorised, or a rule or exclusion names nothing.
     """
     found = [(name, module) for name, module in model.named_modules() if _kind(module)]
-    if not found:
-        raise ValueError(f"model ({type(model).__name__}) has no nn.Linear or nn.Conv2d; there is nothing to inherit")
     names = [name for name, _ in found]
-    check_matches(config, names)
+    if found:
+        check_matches(config, names)
     shared = _shared(model)
-    return [_candidate(name, module, model, config, shared) for name, module in found]
+    pairs = [_candidate(name, module, model, config, shared) for name, module in found]
+    others = [(layer, None) for layer in _others(model)]
+    if not any(layer.selected for layer, _ in pairs):
+        raise ValueError(_nothing(model, [layer for layer, _ in (*pairs, *others)]))
+    return pairs + others
+
+
+def check_teacher(model: Any) -> None:
+    """Raise TypeError or ValueError, naming the tensor, for a teacher without weights that can be read and decomposed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the teacher is {type(model).__name__}, expected an nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"the teacher's {name!r} is on the meta device and has no values; load its weights first")
+        if tensor.is_inference():
+            raise ValueError(
+                f"the teacher's {name!r} was made under torch.inference_mode(), so that nothing can be derived from it; "
+                "build or load the model outside of it"
+            )
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if _kind(module) else None
+        if weight is not None and weight.dtype in _DECOMPOSED and not bool(weight.isfinite().all()):
+            raise ValueError(f"the teacher's {name}.weight holds NaN or infinity and cannot be decomposed")
+
+
+def _nothing(model: nn.Module, layers: list[LayerPlan]) -> str:
+    """Why nothing can be inherited: every reason with how many matrices it keeps."""
+    reasons = Counter(layer.reason for layer in layers).most_common()
+    why = "; ".join(f"{count} × {reason}" for reason, count in reasons[:4]) or "it has no matrix at all"
+    return f"model ({type(model).__name__}) has no nn.Linear or nn.Conv2d that can be factorised ({why})"
+
+
+def _others(model: nn.Module) -> list[LayerPlan]:
+    """The matrices outside of linear layers and 2-D convolutions, with the reason why they stay dense."""
+    layers = []
+    for name, module in model.named_modules():
+        if _kind(module):
+            continue
+        for own, parameter in module._parameters.items():
+            columns = parameter[0].numel() if parameter is not None and parameter.dim() > 1 and len(parameter) else 0
+            if parameter is not None and min(len(parameter) if columns else 0, columns) > 1:
+                layer = LayerPlan(f"{name}.{own}".lstrip("."), "other", (len(parameter), columns), bias=False)
+                layers.append(layer.keep_dense(_why_not_served(module, parameter), fixed=True))
+    return layers
+
+
+def _why_not_served(module: nn.Module, parameter: nn.Parameter) -> str:
+    for kind, why in _NOT_SERVED:
+        if isinstance(module, kind):
+            return why
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
+        return f"the weights of {len(parameter)} experts in one tensor, which {type(module).__name__} reads directly"
+    return f"{type(module).__name__} reads it directly: only nn.Linear and nn.Conv2d are replaced"
 
 
 def check_matches(config: InheritConfig, names: list[str]) -> None:
@@ -112,7 +185,9 @@ def _impossible(name: str, module: Any, model: nn.Module, shared: Mapping[str, s
     for owner, children in _READ_DIRECTLY.items():
         if isinstance(parent, owner) and name.rpartition(".")[2] in children:
             return f"nn.{owner.__name__} reads this layer's weight directly"
-    if not module.weight.is_floating_point():
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return _made_of(module)
+    if module.weight.dtype not in _DECOMPOSED:
         return f"weight has dtype {module.weight.dtype}"
     if module.weight.numel() == 0:
         return "empty weight"
@@ -125,6 +200,14 @@ def _impossible(name: str, module: Any, model: nn.Module, shared: Mapping[str, s
         if module.padding_mode != "zeros":
             return f"padding_mode={module.padding_mode!r}"
     return None
+
+
+def _made_of(module: nn.Module) -> str:
+    parts = {**module._parameters, **module._buffers}
+    for names, (what, ending) in _MADE_OF.items():
+        if all(name in parts for name in names):
+            return f"{what} makes the weight anew at every call; {ending} first"
+    return "its weight is no parameter, but made by other code"
 
 
 def _unwanted(layer: LayerPlan, module: nn.Module, config: InheritConfig, key: str | None, rule: Any) -> str | None:

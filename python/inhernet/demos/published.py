@@ -3,13 +3,13 @@ are stacked, weighted by the softmax gate and summed. Same function as our gated
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inhernet.decompose.batches import copied
 from inhernet.nn import LowRankModule
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -77,7 +77,7 @@ def published(model: nn.Module) -> nn.Module:
         >>> bool(torch.allclose(published(model)(x), model(x), atol=1e-5))
         True
     """
-    result = copy.deepcopy(model)
+    result = copied(model)
     found = [(name, module) for name, module in result.named_modules() if isinstance(module, LowRankModule)]
     if not found:
         raise ValueError(f"model ({type(model).__name__}) has no low-rank module: nothing to restate")

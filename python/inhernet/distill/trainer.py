@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from inhernet.console import Steps, progress
-from inhernet.decompose.batches import floating_outputs
+from inhernet.decompose.batches import copied, floating_outputs
 from inhernet.decompose.rows import batches_of, length_of, target_of
 from inhernet.nn import LowRankModule
 
@@ -229,7 +229,7 @@ class _Run:
         self.averaged = None
         if config.ema is not None:
             average = get_ema_multi_avg_fn(config.ema)
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.averaged = AveragedModel(copied(model), multi_avg_fn=average, use_buffers=True)
         self.batches = length_of(loader)
         self.steps = None if self.batches is None else config.epochs * math.ceil(self.batches / config.accumulate)
         self.epoch = self.position = self.step = 0

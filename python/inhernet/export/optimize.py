@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from ..console import Steps, progress, say
-from ..decompose.batches import device_of, floating_outputs
+from ..decompose.batches import copied, device_of, floating_outputs
 from ..measure import interleaved
 from ..nn import LowRankModule
 from . import graph as graphs
@@ -77,7 +76,7 @@ def optimize(
     saved, forced = _read_choices(choices)
     example = Example(example_inputs)
     with torch.inference_mode(False), torch.no_grad():
-        base = copy.deepcopy(model).eval().requires_grad_(False)
+        base = copied(model).eval().requires_grad_(False)
         if saved is not None:
             fast = apply(base, saved)
         else:
@@ -337,7 +336,7 @@ class _Search:
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy that shares parameters and buffers, which nobody writes."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _as_given(site: Site, model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:

@@ -101,6 +101,12 @@ def _kind(layer: Any) -> str:
     kind = "linear" if isinstance(layer, nn.Linear) else "conv2d" if isinstance(layer, nn.Conv2d) else None
     if kind is None:
         raise TypeError(f"layer is {type(layer).__name__}, expected nn.Linear or nn.Conv2d")
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        raise TypeError(
+            f"layer.weight is a {type(layer.weight).__name__} that is made at every call (weight_norm, spectral_norm, "
+            "pruning, a parametrisation), expected an nn.Parameter; remove that first (torch.nn.utils.remove_weight_norm, "
+            "remove_spectral_norm, prune.remove, parametrize.remove_parametrizations)"
+        )
     if not layer.weight.is_floating_point():
         raise TypeError(f"layer.weight has dtype {layer.weight.dtype}, expected a floating dtype")
     return kind
