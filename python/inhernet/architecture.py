@@ -26,6 +26,42 @@ _TRANSFORMERS = "transformers."
 # Configuration entries that make transformers fetch or run something besides the model class.
 _REFUSED = ("auto_map", "custom_pipelines", "quantization_config", "trust_remote_code", "use_pretrained_backbone")
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "flash_attention_2")
+# What transformers calls `model_type`. Of these the code was read (and is again by a test): building one imports nothing
+# outside of transformers, fetches nothing and asks no other library for a backbone. Anything else needs consent.
+MODEL_TYPES = frozenset(
+    (  # noqa: SIM905  (a list would have a line per name)
+        "albert bert camembert canine convbert data2vec-text deberta deberta-v2 distilbert dpr electra ernie esm fnet funnel "
+        "gte layoutlm longformer luke megatron-bert mobilebert modernbert mpnet nomic_bert nystromformer rembert roberta "
+        "roberta-prelayernorm roformer squeezebert xlm xlm-roberta xlm-roberta-xl xlnet "
+        "bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 falcon gemma gemma2 glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox "
+        "gpt_oss gptj granite granitemoe llama mamba mamba2 ministral mistral mixtral mpt nemotron olmo olmo2 olmo3 olmoe "
+        "openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2 "
+        "bart blenderbot led longt5 m2m_100 marian mbart mt5 nllb-moe pegasus prophetnet switch_transformers t5 umt5 "
+        "align_text_model align_vision_model beit bit blip_text_model blip_vision_model clip clip_text_model "
+        "clip_vision_model convnext convnextv2 cvt data2vec-vision deit dinat dinov2 dinov2_with_registers dinov3_convnext "
+        "dinov3_vit efficientnet focalnet hiera ijepa levit mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt "
+        "pvt_v2 regnet resnet sam sam_vision_model segformer siglip siglip2 siglip2_text_model siglip2_vision_model "
+        "siglip_text_model siglip_vision_model swiftformer swin swinv2 videomae vit vit_mae vit_msn yolos "
+        "audio-spectrogram-transformer data2vec-audio hubert sew speech_to_text unispeech wav2vec2-bert wavlm whisper "
+    ).split()
+)
+# Integers of a saved description: sizes, depths, token numbers. The base of a rotary embedding alone may be larger.
+_LARGEST = 2**24
+_MAY_BE_LARGER = ("theta", "base")
+
+
+# What a builder raises for arguments that are not its own.
+_FAILURES = (
+    TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError, MemoryError
+)  # fmt: skip
+
+
+class Untrusted(ValueError):
+    """A name that needs the caller's consent; `package` is what would have to be trusted."""
+
+    def __init__(self, message: str, package: str) -> None:
+        super().__init__(f"{message}. If you trust it, pass trust=({package + '.'!r},)")
+        self.message, self.package = message, package
 
 
 def describe(
@@ -83,7 +119,11 @@ def plain(value: Any, where: str) -> Any:
 
 
 def build(
-    name: Any, args: Any, factory: Callable[..., nn.Module] | None = None, trust: Sequence[str] = ()
+    name: Any,
+    args: Any,
+    factory: Callable[..., nn.Module] | None = None,
+    trust: Sequence[str] = (),
+    parameters: int | None = None,
 ) -> nn.Module:
     """Build the architecture that a directory names, its parameters on meta and its buffers real.
 
@@ -92,9 +132,11 @@ def build(
         args: its keyword arguments as read.
         factory: the caller's own builder, used in place of the name.
         trust: package prefixes whose functions the caller allows to run.
+        parameters: how many parameters at most may be made: a damaged depth must not build for hours.
 
     Raises:
-        ValueError: a name outside what is allowed, bad arguments, or a result that is not an nn.Module.
+        Untrusted: a name outside what is allowed without consent.
+        ValueError: bad arguments, too many parameters, or a result that is not an nn.Module.
     """
     if isinstance(trust, str) or not all(isinstance(prefix, str) and prefix.strip(".") for prefix in trust):
         raise ValueError(f'trust is {trust!r}, expected a tuple of package names such as ("mypackage.",)')
@@ -102,12 +144,16 @@ def build(
         raise ValueError(f"args is {args!r}, expected an object of keyword arguments")
     if factory is not None and not callable(factory):
         raise ValueError(f"factory is {factory!r}, expected a callable that builds the model")
+    if factory is None:
+        _need_moderate(args, "args")
     make = partial(factory, **args) if factory is not None else _resolve(name, args, tuple(trust))
     state = torch.random.get_rng_state()
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(parameters):
             model = make()
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except Untrusted:
+        raise
+    except _FAILURES as error:
         raise ValueError(f"factory {name!r} failed with args {args!r}: {error}") from error
     finally:
         torch.random.set_rng_state(state)
@@ -128,13 +174,13 @@ def _resolve(name: Any, args: dict[str, Any], trust: tuple[str, ...]) -> Callabl
         if name.removeprefix(_MODELS) in models.__all__:
             return partial(getattr(models, name.removeprefix(_MODELS)), **args)
     if name.startswith(_TRANSFORMERS):
-        return _transformers_model(name, args)
+        return _transformers_model(name, args, _trusted(name, trust))
     if _trusted(name, trust):
         return partial(_trusted_function(name, trust), **args)
-    raise ValueError(
+    raise Untrusted(
         f"factory is {name!r}: without consent a directory may only name a function of inhernet.models or a "
-        f"configuration class of transformers. If you trust it, pass trust=({name.split('.')[0] + '.'!r},) or "
-        "factory=<your function>"
+        "configuration class of transformers",
+        name.split(".")[0],
     )
 
 
@@ -150,7 +196,7 @@ def _trusted_function(name: str, trust: tuple[str, ...]) -> Callable[..., nn.Mod
     return function
 
 
-def _transformers_model(name: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
+def _transformers_model(name: str, args: dict[str, Any], trusted: bool) -> Callable[..., nn.Module]:
     try:
         import transformers
     except ImportError as error:
@@ -165,6 +211,8 @@ def _transformers_model(name: str, args: dict[str, Any]) -> Callable[..., nn.Mod
     if not isinstance(values, dict) or set(args) != {"model", "config"}:
         raise ValueError(f"args has the keys {sorted(args)}, expected 'model' and 'config' (an object)")
     _refuse_fetching(values, "args['config']")
+    if not trusted:
+        _refuse_unknown_types(config_class.model_type, values)
     return lambda: model_class(config_class.from_dict(values))
 
 
@@ -174,6 +222,37 @@ def _public_class(package: Any, name: Any, base: type) -> type | None:
     found = getattr(package, name, None)
     known = isinstance(found, type) and issubclass(found, base) and found.__module__.startswith(_TRANSFORMERS)
     return found if known else None
+
+
+def _refuse_unknown_types(model_type: str, values: dict[str, Any]) -> None:
+    """Raise Untrusted for a kind of model that is not known to build from transformers' code alone, at any depth."""
+    for found in (model_type, *_named(values, "model_type")):
+        if found not in MODEL_TYPES:
+            raise Untrusted(
+                f"model type {found!r} is not among those of transformers that build without consent: others may import "
+                "or fetch a backbone",
+                "transformers",
+            )
+
+
+def _named(value: Any, key: str) -> Iterator[Any]:
+    """Every value under a key, at any depth, but for empty ones."""
+    if isinstance(value, dict):
+        if value.get(key) not in (None, ""):
+            yield value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _named(item, key)
+
+
+def _need_moderate(value: Any, where: str) -> None:
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"{where} is {value}, expected a number of at most {_LARGEST:,}: no size, depth or token")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        if not str(key).endswith(_MAY_BE_LARGER):
+            _need_moderate(item, f"{where}[{key!r}]")
 
 
 def _refuse_fetching(value: Any, where: str) -> None:
@@ -191,17 +270,23 @@ def _refuse_fetching(value: Any, where: str) -> None:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(most: int | None = None) -> Iterator[None]:
     """Parameters that this thread registers are moved to meta at once; buffers and plain tensors stay real.
+
+    From `most` of them on it raises ValueError.
 
     Plain `torch.device("meta")` would lose non-persistent buffers (rotary tables, position ids), which no state dict
     brings back. Whoever fills the parameters also ties them.
     """
-    owner = threading.get_ident()
+    owner, made = threading.get_ident(), 0
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        nonlocal made
         if parameter is None or threading.get_ident() != owner or parameter.is_meta:
             return None  # None keeps the parameter as it is
+        made += 1
+        if most is not None and made > most:
+            raise ValueError(f"it makes more than {most:,} parameters, far more than were saved")
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ adds `optimized.json`, its choices per layer; the other files are those of the m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -60,8 +61,7 @@ def save(
     plan = _checked_plan(model)
     optimization = getattr(model, "optimization", None)
     tensors, ties = _unique_tensors(model)
-    target = Path(os.path.realpath(dir))
-    _refuse_foreign(target)
+    target = check_target(dir)
     config = {
         "format": "inhernet",
         "version": FORMAT_VERSION,
@@ -73,12 +73,13 @@ def save(
     }
 
     def write(directory: Path) -> None:
-        (directory / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if plan is not None:
             (directory / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
         if isinstance(optimization, Optimization):
             (directory / OPTIMIZED).write_text(optimization.to_json() + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        whole = {**config, "weights_sha256": _sha256(directory / WEIGHTS)}
+        (directory / CONFIG).write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace_directory(target, write)
@@ -107,15 +108,17 @@ def load(
 
     Raises:
         FileNotFoundError: no directory, or a file of it is missing.
-        ValueError: a file is damaged, escapes the directory or is a pickle; a factory that is not allowed; missing,
-            extra or misshapen tensors (the key is named).
+        ValueError: a file is damaged (the weights' SHA-256 is in `config.json`), escapes the directory or is a pickle; a
+            factory that is not allowed; missing, extra or misshapen tensors (the key is named).
 
     Example:
         >>> model = load("student")  # doctest: +SKIP
     """
     directory, config, plan_text, tensors, choices = _read_consistently(Path(dir))
     name, args = config["factory"], config["args"]
-    model = architecture.build(name, args, factory, trust)
+    # A dense layer has at most two parameters where a low-rank one has three to five; builders may make some in vain.
+    most = 4 * (len(tensors) + len(config["ties"])) + 1000
+    model = architecture.build(name, args, factory, trust, most)
     plan = None
     if plan_text is not None:
         plan = _parse(lambda: Plan.from_json(plan_text), directory / PLAN)
@@ -174,7 +177,9 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, ties
 
 
-def _refuse_foreign(target: Path) -> None:
+def check_target(dir: str | os.PathLike[str]) -> Path:
+    """Where `save` would write, links resolved. Raises ValueError where something would be lost that is not ours."""
+    target = Path(os.path.realpath(dir))
     if target.exists() and not target.is_dir():
         raise ValueError(f"dir {target} is a file, expected a directory")
     others = sorted({path.name for path in target.iterdir()} - _OURS) if target.is_dir() else []
@@ -185,6 +190,7 @@ def _refuse_foreign(target: Path) -> None:
         )
     if (target / WEIGHTS).exists() or (target / CONFIG).exists():
         _refuse_what_is_not_ours(target)
+    return target
 
 
 def _refuse_what_is_not_ours(target: Path) -> None:
@@ -210,14 +216,31 @@ def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, di
         before = directory.stat().st_ino
         try:
             plan, choices = _read_optional(directory / PLAN), _read_optional(directory / OPTIMIZED)
-            content = directory, _read_config(directory), plan, _read_tensors(directory), choices
+            config = _read_config(directory)
+            tensors = _read_tensors(directory)
+            intact = config.get("weights_sha256") in (None, _sha256(_inside(directory, WEIGHTS)))  # None: an older save
+            content = directory, config, plan, tensors, choices
         except FileNotFoundError:
             if attempt == 9 or _inode(directory) == before:
                 raise
             continue
-        if _inode(directory) == before:
-            return content
+        if _inode(directory) != before:
+            continue
+        if not intact:
+            raise ValueError(
+                f"{directory / WEIGHTS} is damaged or not the file that was saved: its SHA-256 is not the one in {CONFIG}; "
+                "copy the directory again, or save the model again"
+            )
+        return content
     raise ValueError(f"dir {path} is replaced faster than it can be read")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _inode(directory: Path) -> int | None:

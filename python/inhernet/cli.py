@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 TEACHER_HELP = "hf:DIR, or package.module:function returning an nn.Module"
 DATA_HELP = "digits, or package.module:function returning loaders (see `inhernet --help`)"
+OVERWRITE_HELP = "let --out replace an earlier result of inhernet (never anything else)"
 EPILOG = """\
 TEACHER  hf:DIR (a transformers directory), or package.module:function called without arguments; with
          --weights FILE.safetensors for its weights
@@ -36,10 +38,10 @@ DIR      a directory that `convert` wrote (or `optimize`)
 examples
   inhernet plan inhernet.models:resnet20 --rank 8
   inhernet convert TEACHER --weights W.safetensors --data DATA --budget 0.5 --out DIR
-  inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5
-  inhernet eval DIR --teacher TEACHER --weights W.safetensors --data digits
-  inhernet bench DIR
-  inhernet optimize DIR --input 3x32x32 --batch 1 --out FAST
+  inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5 --out TRAINED
+  inhernet eval TRAINED --teacher TEACHER --weights W.safetensors --data digits
+  inhernet bench TRAINED
+  inhernet optimize TRAINED --input 3x32x32 --batch 1 --out FAST
   inhernet demo digits"""
 
 
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: argparse.Namespace) -> int:
     try:
-        status = arguments.run(arguments) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = arguments.run(arguments) or 0
         sys.stdout.flush()
         return status
     except KeyboardInterrupt as stop:
@@ -84,6 +88,10 @@ def _guarded(arguments: argparse.Namespace) -> int:
         return _failed(arguments, error, 2)
     except Exception as error:
         return _failed(arguments, error, 1)
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    say(f"inhernet: warning: {' '.join(str(message).split())}", stderr=True)
 
 
 def _failed(arguments: argparse.Namespace, error: Exception, status: int) -> int:
@@ -112,12 +120,16 @@ def build_parser() -> Parser:
     _add_teacher(plan)
     _add_config(plan)
     plan.add_argument("--out", metavar="DIR", help="write the plan here, to be edited and given to `convert --plan`")
+    plan.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
 
     convert = command("convert", run_convert, "write an inherited network")
     _add_teacher(convert)
     _add_config(convert)
     convert.add_argument("--plan", metavar="DIR", help="follow a plan that `inhernet plan --out` wrote")
+    convert.add_argument("--keep-batchnorm", action="store_true", help="leave BatchNorm statistics as the teacher's: for "
+                         "data that is not like its training's")  # fmt: skip
     convert.add_argument("--out", metavar="DIR", required=True, help="directory to write")
+    convert.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
 
     train = command("train", run_train, "fine-tune an inherited network against its teacher; resumes where it stopped")
     _add_model(train)
@@ -135,7 +147,8 @@ def build_parser() -> Parser:
     train.add_argument("--ema", type=float, help="decay of an average of the weights, such as 0.999")
     train.add_argument("--amp", choices=("bfloat16",), help="autocast dtype")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", metavar="DIR", help="where to write (default: DIR itself)")
+    train.add_argument("--out", metavar="DIR", help="where to write (with --overwrite default: DIR itself)")
+    train.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     train.add_argument("--restart", action="store_true", help="forget an interrupted run")
 
     evaluate = command("eval", run_eval, "accuracy, and fidelity to the teacher, on the data's test part")
@@ -159,6 +172,7 @@ def build_parser() -> Parser:
     fast = command("optimize", run_optimize, "the fastest form of every layer for inference here, by measuring")
     _add_model(fast)
     fast.add_argument("--out", metavar="DIR", required=True, help="where to write")
+    fast.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     fast.add_argument("--data", metavar="DATA", help=f"take an input from here: {DATA_HELP}")
     fast.add_argument("--input", metavar="SHAPE", help="shape of one example, such as 3x32x32")
     fast.add_argument("--batch", type=int, default=1, metavar="B", help="examples per call (default: 1)")
@@ -225,7 +239,30 @@ def config_of(arguments: argparse.Namespace) -> InheritConfig:
     )  # fmt: skip
 
 
+def need_free(out: str | os.PathLike[str], arguments: argparse.Namespace, *inputs: str | None) -> None:
+    """Refuse, before any work is done, to write where something is that would be lost (UsageError, ValueError).
+
+    `inputs`: directories and files that the command reads, which it must not write to even when told to overwrite.
+    """
+    from inhernet import checkpoint, specs
+
+    target = Path(os.path.realpath(out))
+    for name in filter(None, inputs):
+        if target in (
+            Path(os.path.realpath(name)),
+            Path(os.path.realpath(name)).parent if Path(name).is_file() else None,
+        ):
+            raise specs.UsageError(f"--out is {str(out)!r}, which holds the input {name!r}; give another directory")
+    checkpoint.check_target(target)
+    if not arguments.overwrite and target.is_dir() and any(target.iterdir()):
+        raise specs.UsageError(
+            f"--out is {str(out)!r}, which holds an earlier result; give another directory, or --overwrite to replace it"
+        )
+
+
 def run_plan(arguments: argparse.Namespace) -> None:
+    if arguments.out:
+        need_free_for_plan(arguments)
     plan = _plan(arguments)[1]
     show_plan(plan)
     if arguments.out:
@@ -233,11 +270,24 @@ def run_plan(arguments: argparse.Namespace) -> None:
         say(f"plan written to {arguments.out}")
 
 
+def need_free_for_plan(arguments: argparse.Namespace) -> None:
+    from inhernet import specs
+    from inhernet.decompose import Plan
+
+    Plan.check_target(arguments.out)
+    if not arguments.overwrite and (Path(arguments.out) / "plan.json").exists():
+        raise specs.UsageError(
+            f"--out is {arguments.out!r}, which holds a plan; give another directory, or --overwrite to replace it"
+        )
+
+
 def run_convert(arguments: argparse.Namespace) -> None:
     import inhernet
     from inhernet import specs
     from inhernet.decompose import Plan
 
+    teacher_directory = arguments.teacher.removeprefix("hf:") if arguments.teacher.startswith("hf:") else None
+    need_free(arguments.out, arguments, teacher_directory, arguments.weights, arguments.plan)
     if arguments.plan:
         try:
             plan = Plan.load(arguments.plan)
@@ -250,7 +300,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         teacher, plan = _plan(arguments)
     calibration = specs.data(arguments.data).calibration if arguments.data else None
     started = time.perf_counter()
-    model = inhernet.inherit(teacher, plan, calibration=calibration)
+    model = inhernet.inherit(teacher, plan, calibration=calibration, batchnorm=not arguments.keep_batchnorm)
     show_plan(plan)
     factory = None
     if not hasattr(teacher, "inhernet_factory") and not arguments.teacher.startswith("hf:"):
@@ -297,10 +347,13 @@ def run_train(arguments: argparse.Namespace) -> None:
     objective = OBJECTIVES[arguments.objective or ("default" if arguments.teacher else "task")]
     if objective.kd and not arguments.teacher:
         raise specs.UsageError(f"--objective is {arguments.objective!r}, which needs --teacher TEACHER")
+    if arguments.out is None and not arguments.overwrite:
+        raise specs.UsageError("--out is missing; give a directory to write to, or --overwrite to replace DIR itself")
+    out = Path(arguments.out or arguments.dir)
+    need_free(out, arguments)
     model = _load(arguments, optimized=False)
     teacher = specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else None
     data = specs.data(arguments.data)
-    out = Path(arguments.out or arguments.dir)
     # Beside the directory, not in it: the model stays a model, and the run can go on until it is complete.
     state = out.resolve().parent / f"{out.resolve().name}.training"
 
@@ -314,9 +367,19 @@ def run_train(arguments: argparse.Namespace) -> None:
         checkpoint_dir=state,
         resume=not arguments.restart,
     )
+    last = result.history[-1 if result.best_epoch is None else result.best_epoch]
+    need_finite(model, last, f"nothing was written to {out}, the run is in {state}; try --restart with a lower --lr")
     inhernet.save(model, out)
     shutil.rmtree(state, ignore_errors=True)
     say(f"trained in {result.seconds:.1f} s; written to {out}")
+
+
+def need_finite(model: nn.Module, figures: Mapping[str, float], consequence: str) -> None:
+    """Raise FloatingPointError for a trained network that is broken, by its validation figures or its tensors."""
+    bad = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    bad += [f"{name} holds NaN or infinity" for name, t in model.state_dict().items() if not bool(t.isfinite().all())]
+    if bad:
+        raise FloatingPointError(f"the trained network is broken ({'; '.join(bad[:3])}): {consequence}")
 
 
 def _validation(
@@ -411,6 +474,7 @@ def run_optimize(arguments: argparse.Namespace) -> None:
 
     if arguments.batch < 1:
         raise specs.UsageError(f"--batch is {arguments.batch}, expected at least 1")
+    need_free(arguments.out, arguments)
     model = _load(arguments, optimized=False)
     loader = specs.data(arguments.data).judge if arguments.data else None
     inputs = specs.example_inputs(model, arguments.input, loader)(arguments.batch)
@@ -434,9 +498,20 @@ def dense_like(model: nn.Module, trust: Sequence[str] = ()) -> nn.Module:
 
 
 def _load(arguments: argparse.Namespace, optimized: bool = True) -> nn.Module:
+    """The network in DIR. The module of a `--teacher module:function` is trusted: the command runs it anyway."""
     import inhernet
+    from inhernet import architecture, specs
 
-    return inhernet.load(arguments.dir, trust=tuple(arguments.trust), optimized=optimized)
+    named = (getattr(arguments, "teacher", None) or "").partition(":")[0]
+    arguments.trust = [*arguments.trust, *([named] if named not in ("", "hf") else [])]
+    if arguments.trust:
+        specs.find_in_current_directory()
+    try:
+        return inhernet.load(arguments.dir, trust=tuple(arguments.trust), optimized=optimized)
+    except architecture.Untrusted as error:
+        raise specs.UsageError(
+            f"{arguments.dir}: {error.message}; if you trust it, add --trust {error.package}"
+        ) from error
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 CONFIG_VERSION = 1
 INITS = ("svd", "activation", "fisher", "random", "published")
 ALLOCATIONS = ("auto", "fisher", "uniform")
+MOST = 2**40  # of every count and seed: what a computation with them can hold
 LAYER_KINDS = ("linear", "conv2d")
 RULE_KEYS = ("rank", "ratio", "heads", "init")
 
@@ -25,7 +26,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return (_is_int(value) and abs(value) <= MOST) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _refuse(where: str, value: object, expected: str) -> None:
@@ -35,6 +36,8 @@ def _refuse(where: str, value: object, expected: str) -> None:
 def _need_int(where: str, value: Any, least: int) -> None:
     if not _is_int(value) or value < least:
         _refuse(where, value, f"an integer of at least {least}")
+    if value > MOST:
+        _refuse(where, value, f"an integer of at most {MOST:,}")
 
 
 def _need_fraction(where: str, value: Any, top: float = 1.0) -> None:
@@ -106,10 +109,12 @@ class ParamBudget:
     kind: ClassVar[str] = "params"
 
     def __post_init__(self) -> None:
-        if _is_int(self.amount) and self.amount > 1:
+        if _is_int(self.amount) and 1 < self.amount <= MOST:
             pass
         elif not _is_number(self.amount) or not 0.0 < self.amount <= 1.0:
-            _refuse("ParamBudget.amount", self.amount, "a fraction above 0 and at most 1, or an integer above 1")
+            _refuse(
+                "ParamBudget.amount", self.amount, f"a fraction above 0 and at most 1, or an integer from 2 to {MOST:,}"
+            )
         if self.of not in ("selected", "model"):
             _refuse("ParamBudget.of", self.of, "'selected' or 'model'")
 
@@ -131,7 +136,7 @@ def budget_to_dict(budget: Budget) -> dict[str, Any]:
 
 def budget_from_dict(data: Mapping[str, Any]) -> Budget:
     """The inverse of `budget_to_dict`. Raises ValueError for an unknown kind, key or value."""
-    if not isinstance(data, Mapping) or data.get("kind") not in _BUDGETS:
+    if not isinstance(data, Mapping) or data.get("kind") not in list(_BUDGETS):  # a list: the kind may be unhashable
         _refuse("budget", data, f"an object whose 'kind' is one of {', '.join(_BUDGETS)}")
     cls = _BUDGETS[data["kind"]]
     values = {k: v for k, v in data.items() if k != "kind"}
@@ -241,7 +246,7 @@ class InheritConfig:
     def _check_names(self) -> None:
         for name in ("exclude", "layers"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) for v in value):
                 _refuse(name, value, "a sequence of strings")
             object.__setattr__(self, name, tuple(value))
         for pattern in self.exclude:
@@ -305,7 +310,7 @@ def _check_pattern(where: str, key: Any) -> None:
     if key.startswith("re:"):
         try:
             re.compile(key[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             _refuse(f"a pattern of {where}", key, f"a valid regular expression after 're:' ({error})")
 
 

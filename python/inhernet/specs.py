@@ -43,6 +43,12 @@ class Data:
         return next(part for part in (self.test, self.val, self.train) if part is not None)
 
 
+def find_in_current_directory() -> None:
+    """Let modules of the current directory be imported, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 def function_of(spec: str, argument: str) -> Callable[..., Any]:
     """The function that `package.module:function` names; modules of the current directory are found too.
 
@@ -52,8 +58,7 @@ def function_of(spec: str, argument: str) -> Callable[..., Any]:
     module_name, colon, name = spec.partition(":")
     if not colon or not module_name or not name:
         raise UsageError(f"{argument} is {spec!r}, expected {TEACHER_HELP if argument == 'TEACHER' else DATA_HELP}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_in_current_directory()
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:

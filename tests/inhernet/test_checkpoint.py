@@ -497,6 +497,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(change, message, saved):
     tensors = {name: value.clone() for name, value in tensors.items()}
     change(tensors)
     save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or not the file that was saved: its SHA-256"):
+        inhernet.load(saved)
+    edit(saved / "config.json", weights_sha256=None)  # a save of before there were hashes
     with pytest.raises(ValueError, match=message):
         inhernet.load(saved)
 

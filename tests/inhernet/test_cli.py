@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,12 @@ def slow():
 
 def broken_images():
     return [(torch.full((16, 1, 8, 8), torch.nan), torch.randint(10, (16,)))]
+
+def broken_validation():
+    return batches(), broken_images()
+
+def one():
+    return [torch.randn(1, 1, 8, 8)]
 
 def empty_test():
     return batches(), batches(), []
@@ -155,16 +162,126 @@ def test_eval_fails_where_outputs_are_not_finite(folder: Path, capsys: pytest.Ca
 
 def test_own_architecture_needs_trust(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "mine:own", "--rank", "4", "--out", "student"]) == 0
+    capsys.readouterr()
     assert main(["eval", "student", "--data", "mine:batches"]) == 2
-    assert "trust" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'mine.own'" in error and "add --trust mine\n" in error and "trust=(" not in error
     assert main(["eval", "student", "--data", "mine:batches", "--trust", "mine"]) == 0
-    assert main(["train", "student", "--data", "mine:batches", "--trust", "mine", "--epochs", "1"]) == 0
+    assert main(["train", "student", "--data", "mine:batches", "--trust", "mine", "--epochs", "1", "--overwrite"]) == 0
     assert main(["bench", "student", "--trust", "mine", "--data", "mine:batches", "--seconds", "0.01"]) == 0
+    # The module that the command names as the teacher is run anyway.
+    assert main(["eval", "student", "--data", "mine:batches", "--teacher", "mine:own"]) == 0
+
+
+def test_the_users_module_is_found_in_the_current_directory(tmp_path: Path) -> None:
+    # `convert` found it; train, eval and optimize, in processes of their own, did not.
+    (tmp_path / "mine.py").write_text(USER_MODULE)
+    (tmp_path / "elsewhere.py").write_text("from mine import batches")
+    for command in (
+        "convert mine:own --rank 4 --out student",
+        "eval student --trust mine --data elsewhere:batches",
+        "train student --teacher mine:own --data elsewhere:batches --epochs 1 --out trained",
+        "optimize trained --trust mine --input 1x8x8 --seconds 0.002 --out fast",
+        "bench fast --trust mine --input 1x8x8 --seconds 0.002 --batch 1",
+    ):
+        script = str(Path(sys.executable).with_name("inhernet"))  # `python -m` would add the current directory itself
+        done = subprocess.run([script, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def digest(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_nothing_is_replaced_without_being_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(folder, "--rank", "2")
+    assert main(["plan", "mine:tiny", "--rank", "2", "--out", "planned"]) == 0
+    (folder / "link").symlink_to("student")
+    before = digest(folder / "student") | digest(folder / "planned")
+    teacher = ["--teacher", "mine:tiny", "--data", "mine:parts", "--epochs", "1"]
+    for command, words in (
+        (["convert", "mine:tiny", "--rank", "4", "--out", "student"], "holds an earlier result; .* or --overwrite"),
+        (["convert", "mine:broken", "--rank", "4", "--out", "link"], "holds an earlier result"),  # before any work
+        (["train", "student", *teacher], "--out is missing; .* or --overwrite to replace DIR itself"),
+        (["train", "student", *teacher, "--out", "link"], "holds an earlier result"),
+        (["optimize", "student", "--input", "1x8x8", "--out", "student/"], "holds an earlier result"),
+        (["plan", "mine:broken", "--rank", "4", "--out", "planned"], "holds a plan; .* or --overwrite"),
+        (["plan", "mine:broken", "--rank", "4", "--out", "link", "--overwrite"], "holds a model"),
+        (["convert", "mine:tiny", "--plan", "planned", "--out", "planned", "--overwrite"], "holds the input 'planned'"),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2, command
+        assert re.search(words, capsys.readouterr().err), command
+        assert digest(folder / "student") | digest(folder / "planned") == before
+    assert main(["train", "student", *teacher, "--overwrite"]) == 0
+    assert main(["plan", "mine:tiny", "--rank", "4", "--out", "planned", "--overwrite"]) == 0
+    assert main(["convert", "mine:tiny", "--rank", "4", "--out", "link", "--overwrite"]) == 0
+    assert (folder / "link").is_symlink()
+    assert (
+        not digest(folder / "student").items() & before.items()
+        and not digest(folder / "planned").items() & before.items()
+    )
+
+
+def test_a_teachers_directory_is_never_written_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # `inhernet convert hf:DIR --out DIR` exited 0, and the teacher was gone.
+    transformers = pytest.importorskip("transformers", reason="no transformers: its directories were not converted")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    transformers.BertModel(transformers.BertConfig(vocab_size=5, **sizes)).save_pretrained("bert")
+    (folder / "link").symlink_to("bert")
+    before = digest(folder / "bert")
+    for out in ("bert", "link", "bert/../link/"):
+        for options in ([], ["--overwrite"]):
+            capsys.readouterr()
+            assert main(["convert", "hf:bert", "--rank", "2", "--out", out, *options]) == 2
+            assert "holds the input 'bert'" in capsys.readouterr().err
+    weights = folder / "weights" / "model.safetensors"
+    weights.parent.mkdir()
+    import mine
+
+    save_file(mine.tiny().state_dict(), weights)
+    command = ["convert", "mine:tiny", "--weights", str(weights), "--rank", "2", "--overwrite", "--out"]
+    assert main([*command, "weights"]) == 2
+    assert "holds the input" in capsys.readouterr().err
+    assert main(["convert", "mine:tiny", "--rank", "2", "--overwrite", "--out", "bert"]) == 2
+    assert "a model that inhernet did not save" in capsys.readouterr().err
+    assert digest(folder / "bert") == before and weights.is_file()
+
+
+def test_a_broken_network_replaces_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Validation was NaN, the exit status 0, and the network before was overwritten.
+    converted(folder, "--rank", "2")
+    before = digest(folder / "student")
+    train = ["train", "student", "--teacher", "mine:tiny", "--epochs", "1", "--overwrite", "--data"]
+    capsys.readouterr()
+    assert main([*train, "mine:broken_validation"]) == 2
+    error = capsys.readouterr().err
+    assert "the trained network is broken (val_" in error and "nothing was written to student" in error
+    assert digest(folder / "student") == before
+    assert (folder / "student.training").is_dir()
+    assert main([*train, "mine:parts", "--restart"]) == 0
+    assert digest(folder / "student") != before
+
+
+def test_batchnorm_can_be_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import mine
+
+    converted(folder, "--rank", "2", "--keep-batchnorm")
+    teacher, kept = mine.tiny().state_dict(), load("student").state_dict()
+    assert all(torch.equal(kept[name], teacher[name]) for name in teacher if "running_" in name)
+    converted(folder, "--rank", "2", "--overwrite")
+    assert not torch.equal(load("student").state_dict()["bn1.running_mean"], teacher["bn1.running_mean"])
+
+
+def test_warnings_are_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "mine:own", "--data", "mine:one"]) == 0
+    error = capsys.readouterr().err
+    assert "inhernet: warning: calibration holds 1 sample, " in error and "UserWarning" not in error
 
 
 def test_data_that_can_be_read_once_lasts_for_all_epochs(folder: Path) -> None:
     converted(folder, "--rank", "2")
-    train = ["train", "student", "--teacher", "mine:tiny", "--data", "mine:once", "--epochs", "2"]
+    train = ["train", "student", "--teacher", "mine:tiny", "--data", "mine:once", "--epochs", "2", "--overwrite"]
     assert main(train) == 0
 
 
@@ -187,7 +304,8 @@ WRONG = [
     ("plan mine:tiny --data digit", "expected digits, or"),
     ("convert mine:tiny", "--out"),
     ("convert mine:tiny --plan nowhere --out x", "has no plan.json"),
-    ("train nowhere --data digits", "nowhere"),
+    ("train nowhere --data digits --overwrite", "nowhere"),
+    ("train student --data mine:parts", "--out is missing"),
     ("train student --data mine:parts --objective published", "needs --teacher"),
     ("train student --data mine:parts --lr 0", "lr is 0.0"),
     ("eval nowhere --data mine:parts", "nowhere"),
@@ -237,7 +355,7 @@ def test_missing_extra_names_the_command(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str], number: int, status: int) -> None:
     converted(folder, "--rank", "2")
-    train = ["train", "student", "--teacher", "mine:tiny", "--data", "mine:slow", "--epochs", "1"]
+    train = ["train", "student", "--overwrite", "--teacher", "mine:tiny", "--data", "mine:slow", "--epochs", "1"]
     command = [sys.executable, "-m", "inhernet", *train]
     run = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     time.sleep(0.2)
@@ -264,7 +382,7 @@ def test_a_signal_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
         error = capsys.readouterr().err
         assert words in error
         assert "--restart" in error
-    assert main([*train[:5], "mine:parts", "--epochs", "1", "--restart"]) == 0
+    assert main([*train[:6], "mine:parts", "--epochs", "1", "--restart"]) == 0
     assert not state.exists()
 
 
@@ -293,6 +411,7 @@ def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
     converted(folder, "--rank", "2")
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "inhernet", "train", "student", "--teacher", "mine:tiny", "--data", "mine:parts"]
+    command.append("--overwrite")
     run = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=child, stderr=child, close_fds=True)
     os.close(child)
     shown = b""

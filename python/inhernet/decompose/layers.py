@@ -3,8 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from ..config import INITS
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**48
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+# What a file may hold in each field. Rank, heads and kind are looked at again after an edit: see `check`.
+_BOOL: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "true or false")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda value: isinstance(value, str), "a string"),
+    "shape": (lambda value: _is_pair(value) and max(value) < 2**48, "two sizes"),
+    "kernel_size": (lambda value: value is None or _is_pair(value), "null or two sizes"),
+    "init": (lambda value: value in INITS, f"one of {', '.join(INITS)}"),
+    "why_dense": (lambda value: value is None or isinstance(value, str), "null or a string"),
+    "kept": (lambda value: value is None or _is_share(value), "null or a number"),
+    **dict.fromkeys(("bias", "gate", "head_bias", "fixed", "selected"), _BOOL),
+}
 
 
 @dataclass
@@ -95,15 +123,18 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
         """The inverse of `to_dict`. Raises ValueError naming the layer and the field."""
+        if not isinstance(data, dict):
+            raise ValueError(f"plan: a layer is {type(data).__name__}, expected an object")
         name = data.get("name")
         known = {f.name for f in fields(cls)}
         for key in set(data) ^ known:
             what = "is missing" if key in known else "is unknown"
             raise ValueError(f"plan, layer {name!r}: field {key!r} {what}; expected exactly {', '.join(sorted(known))}")
-        values = {**data, "shape": tuple(data["shape"])}
-        if data["kernel_size"] is not None:
-            values["kernel_size"] = tuple(data["kernel_size"])
-        layer = cls(**values)
+        for key, (good, expected) in _FIELDS.items():
+            if not good(data[key]):
+                raise ValueError(f"plan, layer {name!r}: {key} is {str(data[key])[:60]!r}, expected {expected}")
+        pairs = {key: tuple(data[key]) for key in ("shape", "kernel_size") if data[key] is not None}
+        layer = cls(**{**data, **pairs})
         layer.check()
         return layer
 
@@ -112,13 +143,13 @@ class LayerPlan:
         where = f"plan, layer {self.name!r}"
         if self.kind not in ("linear", "conv2d", "other"):
             raise ValueError(f"{where}: kind is {self.kind!r}, expected 'linear', 'conv2d' or 'other'")
-        if not isinstance(self.heads, int) or self.heads < 1:
+        if not _is_count(self.heads):
             raise ValueError(f"{where}: heads is {self.heads!r}, expected an integer of at least 1")
         if self.heads > 1 and not self.gate:
             raise ValueError(f"{where}: gate is {self.gate!r} with {self.heads} heads; several heads need a gate")
         if self.rank is None:
             return
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not _is_count(self.rank):
             raise ValueError(f"{where}: rank is {self.rank!r}, expected None (dense) or an integer of at least 1")
         if self.fixed:
             raise ValueError(f"{where}: rank is {self.rank}, but the layer cannot be factorised: {self.why_dense}")

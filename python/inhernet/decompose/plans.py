@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from .layers import LayerPlan
 from .text import share, text_table
 
 PLAN_VERSION = 1
+_KINDS = {"teacher_hash": str, "model_params": int, "config": dict, "matches": dict, "layers": list}
 PLAN_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 
 
@@ -140,12 +141,12 @@ class Plan:
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             version = data.get("version") if isinstance(data, dict) else data
             raise ValueError(f"plan: version is {version!r}, expected {PLAN_VERSION} (the format this release writes)")
-        for key in ("teacher_hash", "model_params", "config", "layers"):
-            if key not in data:
-                raise ValueError(f"plan: {key!r} is missing; the file is not a plan this release wrote")
+        for key, kind in _KINDS.items():
+            if not isinstance(data.get(key), kind) or isinstance(data[key], bool):
+                raise ValueError(f"plan: {key!r} is {_short(data.get(key))}, expected {kind.__name__}")
         layers = [LayerPlan.from_dict(layer) for layer in data["layers"]]
         config = InheritConfig.from_dict(data["config"])
-        return cls(layers, config, data["teacher_hash"], data["model_params"], dict(data.get("matches", {})))
+        return cls(layers, config, data["teacher_hash"], data["model_params"], dict(data["matches"]))
 
     def to_json(self, indent: int | None = 1) -> str:
         """Everything but statistics and data."""
@@ -153,17 +154,20 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        return cls.from_dict(json.loads(text))
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("plan: nested too deep to be a plan") from error
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `plan.json` and, with statistics, `statistics.safetensors`; each is written aside and renamed.
 
         Raises:
-            ValueError: the directory holds a model, whose own `plan.json` would be lost and with it the model.
+            ValueError: the directory holds a model, whose own `plan.json` would be lost and with it the model, or files of
+                these names that are not ours.
         """
-        folder = Path(directory)
-        if (folder / "config.json").exists():
-            raise ValueError(f"directory {folder} holds a model, which would not load with this plan; give another one")
+        folder = self.check_target(directory)
         folder.mkdir(parents=True, exist_ok=True)
         data = self.to_dict()
         statistics = folder / STATISTICS_FILE
@@ -180,28 +184,70 @@ class Plan:
         if self.statistics is None:
             statistics.unlink(missing_ok=True)
 
+    @staticmethod
+    def check_target(directory: str | os.PathLike[str]) -> Path:
+        """Where `save` would write. Raises ValueError where a model, or a file that is not ours, would be lost."""
+        folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"directory {folder} is a file, expected a directory")
+        if (folder / "config.json").exists():
+            raise ValueError(f"directory {folder} holds a model, which would not load with this plan; give another one")
+        for name, ours in ((PLAN_FILE, _is_plan), (STATISTICS_FILE, _is_statistics)):
+            if (folder / name).exists() and not ours(folder / name):
+                raise ValueError(
+                    f"{folder / name} is not what inhernet wrote and would be lost; give another directory"
+                )
+        return folder
+
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Plan:
         """Read what `save` wrote.
 
         Raises:
             FileNotFoundError: no `plan.json` there.
-            ValueError: another format, or statistics of another plan. Statistics that were removed are no error here:
-                `inherit` says which layers need them.
+            ValueError: another format, damaged files (the statistics' hash is in `plan.json`), or statistics of another
+                plan. Statistics that were removed are no error here: `inherit` says which layers need them.
         """
         folder = Path(directory)
-        data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-        plan = cls.from_dict(data)
-        statistics = folder / STATISTICS_FILE
-        if data.get("statistics") and statistics.exists():
-            with safe_open(statistics, framework="pt") as file:
-                stamp = (file.metadata() or {}).get("stamp")
-                if stamp != data["statistics"]:
-                    raise ValueError(
-                        f"{statistics} belongs to another plan (an interrupted save?); save the plan again"
-                    )
-                plan.statistics = _unflatten(load_file(statistics))
+        try:
+            text = (folder / PLAN_FILE).read_text(encoding="utf-8")
+            plan, stamp = cls.from_json(text), json.loads(text).get("statistics")
+        except ValueError as error:
+            raise ValueError(f"{folder / PLAN_FILE} is damaged or not a plan: {error}") from error
+        if stamp and (folder / STATISTICS_FILE).exists():
+            plan.statistics = _read_statistics(folder / STATISTICS_FILE, stamp)
         return plan
+
+
+def _read_statistics(path: Path, stamp: str) -> dict[Key, Moments]:
+    try:
+        tensors = load_file(path)
+        if _stamp(tensors) == stamp:
+            return _unflatten(tensors)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    raise ValueError(f"{path} is damaged, or belongs to another plan (an interrupted save?); save the plan again")
+
+
+def _is_plan(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "teacher_hash" in data
+
+
+def _is_statistics(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "stamp" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _row(layer: LayerPlan) -> tuple[object, ...]:
