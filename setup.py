@@ -11,6 +11,7 @@ The library uses torch's stable ABI (2.11): one binary serves every later torch,
 adapt tensors see torch headers. torch is never a build requirement; it is found next to the interpreter that installs.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -32,6 +33,9 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vecto
 X86_LEVELS = {"generic": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 
+AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir ."
+
+
 class CannotBuild(Exception):
     """One sentence: what is missing and what to do."""
 
@@ -47,10 +51,10 @@ def find_torch():
         version = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text())
         if version and tuple(map(int, version.group(2, 3))) >= TORCH_TARGET:
             return version_file.parent, tuple(map(int, version.group(2, 3)))
-        raise CannotBuild(f"the torch in {place} is older than 2.11: upgrade torch and install again")
+        raise CannotBuild(f"the torch in {place} is older than 2.11: upgrade torch, then {AGAIN}")
     raise CannotBuild(
-        "torch was not found when this package was installed: install torch >= 2.11, "
-        "then install this package again (with --no-build-isolation if your installer hides torch)"
+        "torch was not found when this package was installed: install torch >= 2.11, then "
+        f"{AGAIN} (with --no-build-isolation if your installer hides torch)"
     )
 
 
@@ -64,7 +68,7 @@ def find_compiler():
         if command and shutil.which(command[0]):
             return command
     looked = wanted or "g++, clang++, c++"
-    raise CannotBuild(f"no C++ compiler was found (looked for {looked}): install one, or set CXX, and install again")
+    raise CannotBuild(f"no C++ compiler was found (looked for {looked}): install one, or set CXX, then {AGAIN}")
 
 
 def find_nvcc():
@@ -185,6 +189,10 @@ def parallel_jobs():
     return int(wanted)
 
 
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def call(command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -199,13 +207,15 @@ def build_native(target):
     target.unlink(missing_ok=True)  # a library left from an earlier build must not enter a pure wheel
     notes = {}
     if MODE == "none":
-        notes["error"] = "INHERIT_KERNELS_BUILD=none was set when this package was installed: unset it to build"
+        notes["error"] = f"INHERIT_KERNELS_BUILD=none was set when this package was installed: unset it, then {AGAIN}"
+        notes["deliberate"] = True
     for kind in {"auto": ("cuda", "cpu"), "none": ()}.get(MODE, (MODE,)):
         try:
             plan = Plan(ROOT / "build" / ("native-debug" if DEBUG else "native"), kind == "cuda")
             plan.run()
             shutil.copyfile(plan.library, target)
-            notes["error"] = None
+            # What is loaded later is this file and no other, and built for these operators.
+            notes |= {"error": None, "sha256": sha256(target), "interface": sha256(ROOT / "csrc" / "registration.cpp")}
             break
         except (CannotBuild, OSError) as problem:
             if MODE != "auto":
@@ -213,6 +223,20 @@ def build_native(target):
             notes["error" if kind == "cpu" else "cuda_error"] = str(problem)
     (target.parent / "_build.json").write_text(json.dumps(notes, indent=1) + "\n")
     print(f"inherit_kernels: {notes['error'] or 'native library built'}", file=sys.stderr)
+
+
+def version():
+    """That of the package; with "+pure.python" where an auto build is known to find no torch or no compiler.
+
+    pip shows nothing of a build that succeeds but the version, in its last line and in `pip list`.
+    """
+    plain = re.search(r'^__version__ = "(.+)"', (ROOT / "inherit_kernels" / "__init__.py").read_text(), re.M).group(1)
+    try:
+        if MODE == "auto":
+            find_torch(), find_compiler()
+    except CannotBuild:
+        return f"{plain}+pure.python"
+    return plain
 
 
 if sys.argv[1:] == ["native"]:
@@ -260,6 +284,7 @@ class TaggedWheel(bdist_wheel):
 
 
 setup(
+    version=version(),
     packages=find_packages(include=["inherit_kernels*"]) + find_packages("python"),
     package_dir={"inhernet": "python/inhernet"},
     ext_modules=[Extension("inherit_kernels._C", sources=[], py_limited_api=True, optional=True)],

@@ -111,6 +111,7 @@ def problem_of(spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], t
 
 
 def _decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
+    _native.warn_once()
     if forced is not None:
         backend = spec.backends.get(forced)
         sentence = backend.supports(problem) if backend else f"it has {', '.join(spec.backends)}"

@@ -5,6 +5,8 @@ Each test builds a wheel from a copy of the sources, unpacks it and imports it f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
+
+from inherit_kernels import _native
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "inherit_kernels", "python"]
@@ -193,12 +198,82 @@ def test_with_nvcc_the_cuda_part_is_built_and_loads_without_a_gpu(built, tmp_pat
     assert re.search(r"CUDA kernels +built", status_of(wheel, tmp_path))
 
 
+FIRST_USE = """
+import sys, warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import inherit_kernels as ik
+    ik.status()
+    assert not caught, [str(w.message) for w in caught]
+    x, down, up = torch.randn(3, 8), torch.randn(2, 8), torch.randn(5, 2)
+    for rows in (3, 4, 5):
+        torch.testing.assert_close(ik.lowrank_linear(x[:rows], down, up), x[:rows] @ down.T @ up.T)
+    ik.lowrank_conv2d(torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3), torch.randn(4, 2))
+print(*[f"{w.category.__name__}: {w.message}" for w in caught], sep="\\n")
+"""
+
+
+def warned_of(place):
+    """What the first uses of ops in a process warn of, a line each."""
+    environment = os.environ | {"PYTHONPATH": str(place)}
+    done = subprocess.run([sys.executable, "-c", FIRST_USE], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip()
+
+
+def test_a_pure_package_says_so_once_at_first_use_with_the_command_that_helps(sources, tmp_path):
+    done, wheel = build(sources, CXX="/nowhere/g++", CUDA_HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.startswith("inherit_kernels-0.1.0+pure.python-")  # the last line of pip's output
+    zipfile.ZipFile(wheel).extractall(tmp_path / "pure")
+    said = warned_of(tmp_path / "pure")
+    assert said.count("\n") == 0 and said.startswith("RuntimeWarning: inherit_kernels computes in plain torch: ")
+    assert "no C++ compiler was found" in said
+    assert said.endswith("pip install --force-reinstall --no-deps --no-cache-dir .")
+    done, wheel = build(sources, INHERIT_KERNELS_BUILD="none")
+    assert wheel.name.startswith("inherit_kernels-0.1.0-py3")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "wanted")
+    assert warned_of(tmp_path / "wanted") == ""
+
+
+@pytest.mark.skipif(not _native.load(), reason="no library was damaged: there is none")
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "stale", "no note", "bad note"])
+def test_a_library_that_is_not_the_one_that_was_built_is_left_out(damage, tmp_path):
+    """A truncated one ended the process, one of other sources raised AttributeError."""
+    place = tmp_path / "tree" / "inherit_kernels"
+    shutil.copytree(ROOT / "inherit_kernels", place, ignore=shutil.ignore_patterns("__pycache__"))
+    library, note = place / "_C.abi3.so", place / "_build.json"
+    content = library.read_bytes()
+    if damage == "truncated":
+        library.write_bytes(content[: len(content) // 3])
+    elif damage == "empty":
+        library.write_bytes(b"")
+    elif damage == "flipped":
+        library.write_bytes(content[:100_000] + bytes([content[100_000] ^ 1]) + content[100_001:])
+    elif damage == "foreign":
+        shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", library)
+    elif damage == "stale":
+        (tmp_path / "tree" / "csrc").mkdir()
+        (tmp_path / "tree" / "csrc" / "registration.cpp").write_text("// declares another operator")
+    elif damage == "no note":
+        note.unlink()
+    else:
+        note.write_text('{"sha256": ')
+    said = warned_of(tmp_path / "tree")
+    assert said.count("\n") == 0 and f"the native library {library} is left out: " in said
+    assert ("other sources" in said) == (damage == "stale")
+    assert "pip install --force-reinstall" in said
+
+
 def test_a_library_that_does_not_load_is_reported_not_raised(sources, tmp_path):
     done, wheel = build(sources, INHERIT_KERNELS_BUILD="none")
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(wheel, "a") as archive:
-        archive.writestr("inherit_kernels/_C.abi3.so", b"not a library")
-    said = status_of(wheel, tmp_path)
+    place = tmp_path / "unpacked"
+    zipfile.ZipFile(wheel).extractall(place)
+    (place / "inherit_kernels" / "_C.abi3.so").write_bytes(b"not a library")
+    note = {"error": None, "sha256": hashlib.sha256(b"not a library").hexdigest()}
+    (place / "inherit_kernels" / "_build.json").write_text(json.dumps(note))
+    said = warned_of(place)
     assert "did not load" in said and "install this package again" in said
 
 
