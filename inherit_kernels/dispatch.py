@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,11 +16,10 @@ from typing import Any
 import torch
 
 from inherit_kernels import _native
+from inherit_kernels.common.tables import read_table
 from inherit_kernels.common.triton_launch import hint
 from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
 
-TABLE_VERSION = 1
-LETTERS = frozenset("MKNRHBCTP")  # of the sizes that tables name
 CHOICES_KEPT = 4096  # per op; a server that sees every length once must not grow without end
 
 _forced: ContextVar[str | None] = ContextVar(
@@ -150,45 +147,7 @@ def table_path(op: str, slug: str) -> Path:
 @cache
 def _table(op: str, slug: str) -> list[dict[str, Any]]:
     """The entries of a measured table; none, with one warning that names the file, where it is damaged."""
-    path = table_path(op, slug)
-    try:
-        return _checked_entries(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as problem:
-        warnings.warn(
-            f"the dispatch table {path} is left out: {problem or 'too deep'}; "
-            f"measure it again with `python -m inherit_kernels.tune {op}`, or delete it",
-            stacklevel=2,
-        )
-        return []
-
-
-def _checked_entries(table: Any) -> list[dict[str, Any]]:
-    """The entries of a table that is what `tune` writes, else ValueError."""
-    if not isinstance(table, dict):
-        raise ValueError(f"it holds a {type(table).__name__}, expected an object")
-    if table.get("version") != TABLE_VERSION:
-        raise ValueError(f"version {table.get('version')!r}, expected {TABLE_VERSION}")
-    entries = table.get("entries", [])
-    if not isinstance(entries, list):
-        raise ValueError("its entries are no list")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not (
-            isinstance(entry.get("dtype"), str) and isinstance(entry.get("training"), bool)
-        ):
-            raise ValueError(f"entry {number} has no dtype and training")
-        for name in ("sizes", "microseconds"):
-            values = entry.get(name)
-            if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
-                raise ValueError(f"{name} of entry {number} are not numbers by name")
-        if not set(entry["sizes"]) <= LETTERS:
-            raise ValueError(f"entry {number} has sizes of unknown letters")
-    return entries
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return read_table(table_path(op, slug), "entries") or []
 
 
 def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | None, dict[str, Any] | None]:

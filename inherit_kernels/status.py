@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from importlib import metadata
 import torch
 
 from inherit_kernels import _native
+from inherit_kernels.common.tables import read_table
 from inherit_kernels.dispatch import device_slug, forced_backend, table_path
 from inherit_kernels.registry import OPS
 
@@ -100,7 +100,7 @@ def measured_on(op: str, backend: str, device: str) -> list[str]:
     kinds = {"cpu": "cpu", "cuda": "nvidia"}
     found = []
     for path in sorted(table_path(op, "").parent.glob(f"{kinds[device]}*.json")):
-        entries = json.loads(path.read_text()).get("entries", [])
+        entries = read_table(path, "entries") or []
         if any(backend in entry["microseconds"] for entry in entries):
             found.append(path.stem)
     return found

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 import inherit_kernels
-from inherit_kernels.dispatch import TABLE_VERSION, device_slug, problem_of, table_path, use_backend
+from inherit_kernels.common.tables import TABLE_VERSION, read_table
+from inherit_kernels.dispatch import device_slug, problem_of, table_path, use_backend
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.timing import time_interleaved
@@ -135,8 +136,7 @@ def write_table(op: str, slug: str, **tables: Any) -> None:
     """
     path = table_path(op, slug)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    parts = {name: tables.get(name, kept.get(name)) for name in ("kernels", "entries")}
+    parts = {name: tables[name] if name in tables else read_table(path, name) for name in ("kernels", "entries")}
     head = {"version": TABLE_VERSION, "op": op, "device": slug, "torch": torch.__version__}
     if slug.startswith("cpu"):
         head["threads"] = torch.get_num_threads()
@@ -147,8 +147,7 @@ def write_table(op: str, slug: str, **tables: Any) -> None:
 
 def entries_of(op: str, slug: str) -> list[dict[str, Any]]:
     """The entries that a table holds."""
-    path = table_path(op, slug)
-    return json.loads(path.read_text()).get("entries", []) if path.exists() else []
+    return read_table(table_path(op, slug), "entries") or []
 
 
 def replaced(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

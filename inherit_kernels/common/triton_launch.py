@@ -6,7 +6,6 @@ Triton is imported where a kernel first runs, never with the package.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import warnings
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inherit_kernels.common.tables import read_table
 from inherit_kernels.registry import Problem
 
 MAX_RANK = 512
@@ -224,9 +224,9 @@ def _slug(device: torch.device) -> str:
 
 @cache
 def kernel_tables(op: str, slug: str) -> dict[str, list[dict[str, Any]]]:
-    """kernel -> buckets `{"bits": 16, "BR": 64, "M": 4096, "config": {…}}` from `configs/<op>/<slug>.json`."""
-    path = CONFIGS / op / f"{slug}.json"
-    return json.loads(path.read_text()).get("kernels", {}) if path.exists() else {}
+    """kernel -> buckets `{"bits": 16, "BR": 64, "M": 4096, "config": {…}}` from `configs/<op>/<slug>.json`; none, with
+    one warning that names the file, where it is damaged."""
+    return read_table(CONFIGS / op / f"{slug}.json", "kernels") or {}
 
 
 @cache

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
+from importlib import import_module
 from unittest.mock import patch
 
 import pytest
 import torch
 
 import inherit_kernels
-from inherit_kernels import _native, dispatch
+from inherit_kernels import _native, dispatch, tune
+from inherit_kernels.common.tables import TABLE_VERSION, read_table
 from inherit_kernels.registry import OPS, Problem
 
 X, DOWN, UP = torch.randn(4, 8), torch.randn(3, 8), torch.randn(5, 3)
@@ -124,15 +127,30 @@ def test_a_damaged_table_is_left_out_with_one_warning(clean, monkeypatch, tmp_pa
     path = tmp_path / "table.json"
     path.write_text(text)
     monkeypatch.setattr(dispatch, "table_path", lambda op, slug: path)
-    with pytest.warns(UserWarning, match="table.json is left out: .*measure it again") as caught:
+    with pytest.warns(UserWarning, match="table.json are left out: .*measure them again") as caught:
         outputs = [inherit_kernels.lowrank_linear(X[:rows], DOWN, UP) for rows in (1, 2, 3)]
     assert [len(y) for y in outputs] == [1, 2, 3] and len(caught) == 1
     path.write_bytes(b"\xff\xfe\x00")
     dispatch._table.cache_clear()
     clean.choices.clear()
     clean.forwards.clear()
-    with pytest.warns(UserWarning, match="table.json is left out"):
+    with pytest.warns(UserWarning, match="table.json are left out"):
         inherit_kernels.lowrank_linear(X, DOWN, UP)
+
+
+def test_a_damaged_table_does_not_end_the_status(clean, monkeypatch, tmp_path):
+    """`python -m inherit_kernels` died of any of them; tune, which is what mends it, too."""
+    status = import_module("inherit_kernels.status")  # the package's name is the function
+    for module in (status, tune):
+        monkeypatch.setattr(module, "table_path", lambda op, slug: tmp_path / f"{slug}.json")
+    (tmp_path / "cpu-mine.json").write_text('{"version": 1, "entries": [3')
+    with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
+        assert "cpu-mine" not in status.support_table()
+    with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
+        assert tune.entries_of("lowrank_linear", "cpu-mine") == []
+    with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
+        tune.write_table("lowrank_linear", "cpu-mine", entries=[GOOD])
+    assert tune.entries_of("lowrank_linear", "cpu-mine") == [GOOD]
 
 
 def test_committed_tables_name_real_backends_and_letters():
@@ -140,7 +158,13 @@ def test_committed_tables_name_real_backends_and_letters():
         kernels = {kernel for backend in spec.triton_backends.values() for kernel in backend.KERNELS}
         for path in dispatch.table_path(op, "x").parent.glob("*.json"):
             table = json.loads(path.read_text())
-            assert table["version"] == dispatch.TABLE_VERSION
+            assert table["version"] == TABLE_VERSION
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert [read_table(path, part) for part in ("entries", "kernels")] == [
+                    table.get("entries"),
+                    table.get("kernels"),
+                ]
             assert table.get("entries") or table.get("kernels"), path
             for item in table.get("entries", []):
                 assert set(item["microseconds"]) <= set(spec.backends)

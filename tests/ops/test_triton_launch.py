@@ -22,6 +22,7 @@ import torch
 from inherit_kernels import dispatch, tune
 from inherit_kernels.common import triton_conv_launch as conv_launch
 from inherit_kernels.common import triton_launch
+from inherit_kernels.common.tables import TABLE_VERSION
 from inherit_kernels.common.triton_launch import config_for, declines, forced_configs, padded_rank
 from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, cases_of, make_inputs
@@ -39,7 +40,10 @@ def tables(monkeypatch, tmp_path):
 
     folder = tmp_path / "some_op"
     folder.mkdir()
-    shipped = {"kernels": {"forward": [bucket(16, 16), bucket(4096, 128), bucket(4096, 32, br=512)]}}
+    shipped = {
+        "version": TABLE_VERSION,
+        "kernels": {"forward": [bucket(16, 16), bucket(4096, 128), bucket(4096, 32, br=512)]},
+    }
     (folder / "triton.json").write_text(json.dumps(shipped))
     monkeypatch.setattr(triton_launch, "CONFIGS", tmp_path)
     monkeypatch.setattr(triton_launch, "_slug", lambda device: "nvidia-h200")
@@ -77,10 +81,35 @@ def test_one_warning_names_the_command(tables):
 
 def test_the_table_of_the_device_comes_first_where_it_is_as_near(tables):
     entry = {"bits": 16, "BR": 64, "M": 4096, "K": 4096, "config": {"BM": 77}, "microseconds": 3.5}
-    (tables / "nvidia-h200.json").write_text(json.dumps({"kernels": {"forward": [entry]}}))
+    (tables / "nvidia-h200.json").write_text(json.dumps({"version": TABLE_VERSION, "kernels": {"forward": [entry]}}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [chosen(m) for m in (1, 300, 4096, 10**6)] == [16, 77, 77, 77]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 2, "kernels": {}}',
+        '{"version": 1, "kernels": []}',
+        '{"version": 1, "kernels": {"forward": {}}}',
+        '{"version": 1, "kernels": {"forward": [3]}}',
+        '{"version": 1, "kernels": {"forward": [{"bits": 16, "BR": 64, "M": 4096}]}}',
+        '{"version": 1, "kernels": {"forward": [{"bits": 8, "config": {"BM": 77}}]}}',
+        '{"version": 1, "kernels": {"forward": [{"bits": 16, "M": "x", "config": {"BM": 77}}]}}',
+        '{"version": 1, "kernels": {"forward": [{"bits": 16, "M": 4096, "config": {"BM": "77"}}]}}',
+    ],
+)
+def test_a_damaged_table_of_the_device_is_left_out_with_one_warning(tables, text):
+    """JSONDecodeError, KeyError or TypeError from every call, without the file's name."""
+    (tables / "nvidia-h200.json").write_text(text)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [chosen(m) for m in (1, 300, 4096)] == [16, 128, 128]
+    found = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
+    assert len(found) == 1 and "nvidia-h200.json" in found[0]
 
 
 def test_forced_configurations_nest(tables):
@@ -156,7 +185,7 @@ def test_a_table_keeps_the_part_that_is_not_written(monkeypatch, tmp_path):
     tune.write_table("some_op", "nvidia-h200", kernels=kernels)
     tune.write_table("some_op", "nvidia-h200", entries=entries)
     table = json.loads((tmp_path / "some_op" / "nvidia-h200.json").read_text())
-    assert (table["kernels"], table["entries"], table["version"]) == (kernels, entries, dispatch.TABLE_VERSION)
+    assert (table["kernels"], table["entries"], table["version"]) == (kernels, entries, TABLE_VERSION)
 
 
 def test_a_run_that_ends_early_loses_nothing_measured_before(monkeypatch, tmp_path):
