@@ -31,8 +31,6 @@ DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 TORCH_TARGET = (2, 11)
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512"
 X86_LEVELS = {"generic": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
-
-
 AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 

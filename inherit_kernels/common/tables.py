@@ -64,10 +64,8 @@ def _check_kernels(kernels: Any) -> None:
         if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
             raise ValueError(f"{name} is no list of buckets")
         for bucket in buckets:
-            config, sizes = (
-                bucket.get("config"),
-                {k: v for k, v in bucket.items() if k not in ("config", "microseconds")},
-            )
+            config = bucket.get("config")
+            sizes = {name: value for name, value in bucket.items() if name not in ("config", "microseconds")}
             if sizes.get("bits") not in (16, 32) or not all(_is_size(value) for value in sizes.values()):
                 raise ValueError(f"{name} has a bucket whose bits or sizes are no numbers")
             if not isinstance(config, dict) or not all(type(value) is int and value >= 0 for value in config.values()):

@@ -188,20 +188,22 @@ def check_target(dir: str | os.PathLike[str]) -> Path:
             f"dir {target} holds other files ({', '.join(others[:3])}); a save replaces the whole directory, "
             "so give it one of its own"
         )
-    if (target / WEIGHTS).exists() or (target / CONFIG).exists():
+    if target.is_dir() and any(target.iterdir()):
         _refuse_what_is_not_ours(target)
     return target
 
 
 def _refuse_what_is_not_ours(target: Path) -> None:
-    """Ours by the mark in `config.json`, not by names: transformers' directories hold the same two files."""
+    """Ours by the mark in `config.json`, not by names: transformers' directories hold the same two files, and a plan that
+    was edited by hand is called as a model's."""
     try:
         config = json.loads((target / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or config.get("format") != "inhernet":
         raise ValueError(
-            f"dir {target} holds a model that inhernet did not save ({CONFIG} does not say so), which would be lost; "
+            f"dir {target} holds something else than a model that inhernet saved ({CONFIG} does not say so), which would be "
+            "lost; "
             "give another directory"
         )
 

@@ -375,9 +375,13 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def need_finite(model: nn.Module, figures: Mapping[str, float], consequence: str) -> None:
-    """Raise FloatingPointError for a trained network that is broken, by its validation figures or its tensors."""
+    """Raise FloatingPointError for a trained network that is broken, by its validation figures or its tensors.
+
+    An infinity in a buffer is none: attention masks hold some.
+    """
     bad = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
-    bad += [f"{name} holds NaN or infinity" for name, t in model.state_dict().items() if not bool(t.isfinite().all())]
+    bad += [f"{name} holds NaN or infinity" for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad += [f"{name} holds NaN" for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
     if bad:
         raise FloatingPointError(f"the trained network is broken ({'; '.join(bad[:3])}): {consequence}")
 
@@ -442,7 +446,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise specs.UsageError(f"--batch is {arguments.batch}, expected sizes of at least 1")
     model, fast = _load(arguments, optimized=False), _load(arguments)
     dense = (
-        specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else dense_like(model, arguments.trust)
+        specs.teacher(arguments.teacher, arguments.weights)
+        if arguments.teacher
+        else dense_like(model, trusted(arguments))
     )
     example = specs.example_inputs(model, arguments.input, specs.data(arguments.data).judge if arguments.data else None)
     networks: dict[str, Any] = {"dense": dense.eval(), "inherited": model, "published form": published(model).eval()}
@@ -497,17 +503,20 @@ def dense_like(model: nn.Module, trust: Sequence[str] = ()) -> nn.Module:
     return dense.eval()
 
 
+def trusted(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What `--trust` names, and the module of a `--teacher module:function`: the command runs that anyway."""
+    module = (getattr(arguments, "teacher", None) or "").partition(":")[0]
+    return (*arguments.trust, *([module] if module not in ("", "hf") else []))
+
+
 def _load(arguments: argparse.Namespace, optimized: bool = True) -> nn.Module:
-    """The network in DIR. The module of a `--teacher module:function` is trusted: the command runs it anyway."""
     import inhernet
     from inhernet import architecture, specs
 
-    named = (getattr(arguments, "teacher", None) or "").partition(":")[0]
-    arguments.trust = [*arguments.trust, *([named] if named not in ("", "hf") else [])]
-    if arguments.trust:
+    if trusted(arguments):
         specs.find_in_current_directory()
     try:
-        return inhernet.load(arguments.dir, trust=tuple(arguments.trust), optimized=optimized)
+        return inhernet.load(arguments.dir, trust=trusted(arguments), optimized=optimized)
     except architecture.Untrusted as error:
         raise specs.UsageError(
             f"{arguments.dir}: {error.message}; if you trust it, add --trust {error.package}"

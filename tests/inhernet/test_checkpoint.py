@@ -553,7 +553,7 @@ def test_a_model_of_another_tool_is_never_replaced(tmp_path, config):
     link = tmp_path / "link"
     link.symlink_to(teacher)
     for directory in (teacher, link, teacher / "."):
-        with pytest.raises(ValueError, match="holds a model that inhernet did not save"):
+        with pytest.raises(ValueError, match="holds something else than a model that inhernet saved"):
             inhernet.save(inhernet.models.resnet20(num_classes=3), directory)
     assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pty
 import re
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from inhernet import load, nn
-from inhernet.cli import main
+from inhernet.cli import main, need_finite
 from inhernet.distill.state import load_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,8 +245,12 @@ def test_a_teachers_directory_is_never_written_to(folder: Path, capsys: pytest.C
     assert main([*command, "weights"]) == 2
     assert "holds the input" in capsys.readouterr().err
     assert main(["convert", "mine:tiny", "--rank", "2", "--overwrite", "--out", "bert"]) == 2
-    assert "a model that inhernet did not save" in capsys.readouterr().err
+    assert "something else than a model that inhernet saved" in capsys.readouterr().err
     assert digest(folder / "bert") == before and weights.is_file()
+    # A plan that was edited by hand is nothing that a model may replace.
+    assert main(["plan", "mine:tiny", "--rank", "2", "--out", "planned"]) == 0
+    assert main(["convert", "mine:tiny", "--rank", "2", "--overwrite", "--out", "planned"]) == 2
+    assert (folder / "planned" / "plan.json").is_file()
 
 
 def test_a_broken_network_replaces_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +266,17 @@ def test_a_broken_network_replaces_nothing(folder: Path, capsys: pytest.CaptureF
     assert (folder / "student.training").is_dir()
     assert main([*train, "mine:parts", "--restart"]) == 0
     assert digest(folder / "student") != before
+
+
+def test_a_mask_is_no_broken_network() -> None:
+    network = torch.nn.Linear(2, 2)
+    network.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    need_finite(network, {"loss": 0.5}, "")
+    for tensor in (network.weight.data, network.mask):
+        tensor[0] = math.nan
+        with pytest.raises(FloatingPointError, match="holds NaN"):
+            need_finite(network, {}, "")
+        tensor[0] = 0.0
 
 
 def test_batchnorm_can_be_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

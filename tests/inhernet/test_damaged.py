@@ -285,6 +285,20 @@ def test_types_that_need_no_consent_build_from_their_own_code() -> None:
     assert "load_backbone" in reaches_out(models / "detr" / "modeling_detr.py")
 
 
+def test_what_they_save_by_default_loads_without_consent() -> None:
+    """Parts of a configuration have types of their own (those of SAM were forgotten), and numbers of their own."""
+    transformers = pytest.importorskip("transformers", reason="no transformers: its trust rules were not proven")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    for kind in sorted(architecture.MODEL_TYPES & set(CONFIG_MAPPING_NAMES)):
+        make = getattr(transformers, CONFIG_MAPPING_NAMES[kind])
+        values = json.loads(make().to_json_string(use_diff=False))
+        values = {key: value for key, value in values.items() if key not in architecture._REFUSED}
+        architecture._refuse_unknown_types(make.model_type, values)
+        architecture._need_moderate(values, kind)
+        architecture._refuse_fetching(values, kind)
+
+
 def test_a_budget_of_any_size_is_a_value_error() -> None:
     for amount in (10**400, 2**41, float("inf"), float("nan"), True, None, "1"):
         with pytest.raises(ValueError, match="ParamBudget.amount"):

@@ -65,9 +65,9 @@ def inherit(
         torch.Size([8, 64])
     """
     calibration = None if calibration is None else reusable(calibration)
-    check_teacher(teacher)
     if isinstance(plan_or_config, Plan):
         result = plan_or_config
+        check_teacher(teacher)
         _check(result, teacher, check_hash)
         _complete(result, teacher, calibration, output_fn)
     else:

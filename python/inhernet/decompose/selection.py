@@ -87,10 +87,10 @@ def _others(model: nn.Module) -> list[LayerPlan]:
         if _kind(module):
             continue
         for own, parameter in module._parameters.items():
-            columns = parameter[0].numel() if parameter is not None and parameter.dim() > 1 and len(parameter) else 0
-            if parameter is not None and min(len(parameter) if columns else 0, columns) > 1:
-                layer = LayerPlan(f"{name}.{own}".lstrip("."), "other", (len(parameter), columns), bias=False)
-                layers.append(layer.keep_dense(_why_not_served(module, parameter), fixed=True))
+            if parameter is None or parameter.dim() < 2 or len(parameter) < 2 or parameter[0].numel() < 2:
+                continue
+            layer = LayerPlan(f"{name}.{own}".lstrip("."), "other", (len(parameter), parameter[0].numel()), bias=False)
+            layers.append(layer.keep_dense(_why_not_served(module, parameter), fixed=True))
     return layers
 
 
