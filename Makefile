@@ -17,20 +17,20 @@ test: $(READY)
 	$(MAKE) --no-print-directory test-python; status=$$?; wait $$other || status=1; \
 	echo "Kernels:"; cat build/test-kernels.log; exit $$status
 
-# The code for GPUs on a machine without one: CUDA C++ compiled and emulated, Triton compiled and interpreted.
+# The code for GPUs on a machine without one: CUDA C++ compiled and emulated, Triton compiled and interpreted. Triton decides at
+# its import whether it compiles, so that its interpreter is a process of its own.
 GPU_CODE := tests/test_emulation.py $(wildcard tests/test_cuda_*.py) $(wildcard tests/ops/test_triton_*.py)
 
-# What Python runs, Triton's kernels under its interpreter included: Triton decides at its import whether it compiles, so that is
-# a process of its own. The benchmark house has one too: after OpenVINO and ONNX Runtime, torch's training tests crashed.
+# The benchmark house is a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test-python: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,tests/test_native.py $(GPU_CODE))
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "double_backward and lowrank_linear-triton and not gated"
 
 test-kernels: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_native.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "double_backward and lowrank_linear-triton and not gated"
 
 # Everything, two halves side by side again: what is only sampled above, each synchronisation removed in turn, sanitizers, every
 # compilation, the whole contract of every Triton kernel. The random calls are another process: torch's own convolution has
