@@ -20,9 +20,11 @@ import pytest
 import setuptools
 import torch
 
+import inherit_kernels
 from inherit_kernels import _native
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(inherit_kernels.__file__).parent  # what is tested: this tree, or an installed wheel
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "inherit_kernels", "python"]
 HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
 NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="no wheel with the library was built: no C++ compiler")
@@ -241,7 +243,7 @@ def test_a_pure_package_says_so_once_at_first_use_with_the_command_that_helps(so
 def test_a_library_that_is_not_the_one_that_was_built_is_left_out(damage, tmp_path):
     """A truncated one ended the process, one of other sources raised AttributeError."""
     place = tmp_path / "tree" / "inherit_kernels"
-    shutil.copytree(ROOT / "inherit_kernels", place, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, place, ignore=shutil.ignore_patterns("__pycache__"))
     library, note = place / "_C.abi3.so", place / "_build.json"
     content = library.read_bytes()
     if damage == "truncated":
@@ -292,9 +294,9 @@ def test_the_files_of_an_instruction_set_share_no_symbol_with_the_others():
 
 def test_the_library_needs_nothing_newer_than_its_target():
     """Every torch symbol that the library imports belongs to the C interface, which only grows."""
-    library = ROOT / "inherit_kernels" / "_C.abi3.so"
+    library = PACKAGE / "_C.abi3.so"
     if not library.exists() or shutil.which("nm") is None:
-        pytest.skip("imported symbols were not inspected: no library in place, or no nm")
+        pytest.skip("imported symbols were not inspected: no library, or no nm")
     symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
     foreign = [s for s in re.findall(r"U (\S+)", symbols) if re.match(r"_ZN\w*(c10|at|torch)", s)]
     assert not foreign, foreign

@@ -540,21 +540,20 @@ def test_every_instruction_set(level):
         return  # this process
     script = "import torch; from inherit_kernels import _native; print(_native.load(), _native.isa(), _native.error)"
     environment = os.environ | {"INHERIT_KERNELS_CPU_ISA": level, "INHERIT_KERNELS_TEST_CHILD": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     if not runs_here(level):
         assert said.stdout.startswith("False") and "this machine cannot run" in said.stdout
         pytest.skip(f"{level} was not tested: this CPU lacks it")
     assert said.stdout.split()[:2] == ["True", level]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.skipif(CHILD, reason="this process tests one instruction set of the others")
 def test_a_wrong_instruction_set_is_an_error_that_names_the_choices():
     script = "from inherit_kernels import _native; print(_native.load(), _native.error)"
-    environment = os.environ | {"INHERIT_KERNELS_CPU_ISA": "sse9", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"INHERIT_KERNELS_CPU_ISA": "sse9"}
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert said.stdout.startswith("False") and "sse9" in said.stdout and "avx2" in said.stdout
 

@@ -117,6 +117,8 @@ def first_stage(x: Tensor, down: Tensor, stride: Pair, padding: Pair, dilation: 
     """t = conv2d(x, down) in the memory format of x."""
     memory_format = memory_format_of(x)
     x, stride, padding = _safe_geometry(x, down, stride, padding, dilation)
+    if _oversteps(x, down, stride):
+        x, stride = _picked(x, stride), (1, 1)
     return in_format(F.conv2d(x, down, None, stride, padding, dilation), memory_format)
 
 
@@ -128,9 +130,14 @@ def first_stage_backward(
         return None, None
     stride, padding, dilation = options
     used, stride, left = _safe_geometry(x, down, stride, padding, dilation)
+    apart = need_down and _oversteps(used, down, stride)
     dx, d_down, _ = torch.ops.aten.convolution_backward(
-        dt, used, down, None, stride, left, dilation, False, (0, 0), 1, (need_x, need_down, False)
+        dt, used, down, None, stride, left, dilation, False, (0, 0), 1, (need_x, need_down and not apart, False)
     )
+    if apart:
+        _, d_down, _ = torch.ops.aten.convolution_backward(
+            dt, _picked(used, stride), down, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+        )
     if need_x and used is not x:  # back from the padded and cropped image; no window may reach as far as the map
         (py, px), (height, width) = padding, x.shape[2:]
         right, below = max(0, px + width - used.shape[3]), max(0, py + height - used.shape[2])
@@ -154,3 +161,18 @@ def _safe_geometry(x: Tensor, down: Tensor, stride: Pair, padding: Pair, dilatio
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     strides = (1 if outputs[0] == 1 else stride[0], 1 if outputs[1] == 1 else stride[1])
     return padded[:, :, :height, :width].contiguous(memory_format=memory_format_of(x)), strides, (0, 0)
+
+
+def _oversteps(x: Tensor, down: Tensor, stride: Pair) -> bool:
+    """Whether torch's weight gradient of this convolution may write past its own memory (oneDNN issue 6035, open).
+
+    1×1 with a stride, float32, channels-last, fewer channels than a block (8 with AVX2, 16 with AVX-512): seen up to 1,132
+    bytes beyond 328 in torch 2.13, after which any number of the process may change, or the process ends. `x` is what
+    `_safe_geometry` returns, so that nothing is padded.
+    """
+    return tuple(down.shape[2:]) == (1, 1) and max(stride) > 1 and x.shape[1] < 16 and x.dtype == torch.float32
+
+
+def _picked(x: Tensor, stride: Pair) -> Tensor:
+    """The positions that a strided 1×1 convolution sees."""
+    return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=memory_format_of(x))

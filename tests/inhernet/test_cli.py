@@ -20,13 +20,7 @@ from inhernet import load, nn
 from inhernet.cli import main, need_finite
 from inhernet.distill.state import load_state
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
-    "OMP_NUM_THREADS": "1",
-    "COLUMNS": "100",
-}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 USER_MODULE = """
 import time
