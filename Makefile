@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-python test-kernels test-full test-full-compiled test-full-interpreted bench lint format build clean
+.PHONY: demo test test-python test-kernels test-full test-full-compiled test-full-interpreted matrix bench lint format build clean
 
 demo: $(READY)
 	$(BIN)/inhernet demo digits --no-compile --out runs/digits
@@ -33,8 +33,7 @@ test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "double_backward and lowrank_linear-triton and not gated"
 
 # Everything, two halves side by side again: what is only sampled above, each synchronisation removed in turn, sanitizers, every
-# compilation, the whole contract of every Triton kernel. The random calls are another process: torch's own convolution has
-# ended them with a corrupted heap.
+# compilation, the whole contract of every Triton kernel. The random calls are a process of their own, for their options.
 test-full: export OMP_WAIT_POLICY = passive
 test-full: $(READY)
 	@mkdir -p build; $(MAKE) --no-print-directory test-full-interpreted >build/test-interpreted.log 2>&1 & other=$$!; \
@@ -49,6 +48,10 @@ test-full-compiled: $(READY)
 test-full-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
+
+# An installed wheel under each pair of a Python and a torch, ten minutes a pair; `python tests/matrix.py --help` for fewer.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
