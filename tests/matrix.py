@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
-# What looks at the source tree, or compiles it, says nothing of a torch; Triton is pinned by each torch, and tested by `make test`.
-LEFT_OUT = "architecture readme install emulation cuda_kernels cuda_cluster_kernels machine_code".split()
+# What looks at the source tree, or compiles it, says nothing of a torch.
+LEFT_OUT = ("architecture", "readme", "install", "emulation", "cuda_kernels", "cuda_cluster_kernels", "machine_code")
 WHERE = """
 import sys, torch, inherit_kernels, inhernet
 assert all("site-packages" in package.__file__ for package in (inherit_kernels, inhernet)), inherit_kernels.__file__
@@ -42,9 +42,7 @@ class Pair:
     """One Python with one torch."""
 
     def __init__(self, python: str, torch: str):
-        self.name = (
-            f"{Path(python).name}-torch{torch}" if "/" not in python else f"{Path(python).parts[-3]}-torch{torch}"
-        )
+        self.name = f"{python.strip('/').replace('/', '-')}-torch{torch}"
         self.python, self.torch = python, torch
         self.folder = FOLDER / self.name
         self.log = FOLDER / f"{self.name}.log"
