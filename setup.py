@@ -228,7 +228,7 @@ def version():
 
     pip shows nothing of a build that succeeds but the version, in its last line and in `pip list`.
     """
-    plain = re.search(r'^__version__ = "(.+)"', (ROOT / "inherit_kernels" / "__init__.py").read_text(), re.M).group(1)
+    plain = re.search(r'^__version__ = "(.+)"', (ROOT / "inherit_kernels" / "version.py").read_text(), re.M).group(1)
     try:
         if MODE == "auto":
             find_torch(), find_compiler()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import roofline, store
+from benchmarks.markdown import markdown_table
 from benchmarks.suites import Point, conv_point, linear_point
 
 COLUMNS = (*store.STAMP, "op", "case", "dtype", "candidate", "torch_bytes", "rss_bytes")
@@ -126,8 +127,6 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The newest run as a Markdown table."""
-    from benchmarks.summary import markdown_table
-
     newest = max(row["time"] for row in rows)
     return "### Memory of forward and backward, MB\n\n" + markdown_table(
         HEADER, lines([row for row in rows if row["time"] == newest]), text=(0, 1)

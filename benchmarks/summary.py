@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import store
 from benchmarks.baselines import PEERS
+from benchmarks.markdown import markdown_table
 
 OURS = ("packed", "automatic")
 GROUP = ("op", "dtype", "mode", "threads")
@@ -181,12 +182,6 @@ def _losses(rows: Sequence[dict[str, Any]]) -> list[str]:
             cases = ", ".join(f"{case} {value:.2f}" for case, value in ratio.losses.items())
             sentences.append(f"slower than {ratio.peer}: {cases}")
     return sentences
-
-
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]], text: Sequence[int]) -> str:
-    """A Markdown table; the columns in `text` are aligned left, the others are figures."""
-    rule = ["---" if index in text else "--:" for index in range(len(columns))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *lines))
 
 
 def compact(by_op: dict[str, Sequence[dict[str, Any]]]) -> str:

@@ -5,8 +5,8 @@
 >>> y = ik.gated_lowrank_linear(x, down, up, gate)
 """
 
-from inherit_kernels.dispatch import explain as explain
 from inherit_kernels.dispatch import use_backend as use_backend
+from inherit_kernels.explain import explain as explain
 from inherit_kernels.ops.gated_lowrank_conv2d import gated_lowrank_conv2d as gated_lowrank_conv2d
 from inherit_kernels.ops.gated_lowrank_linear import gated_lowrank_linear as gated_lowrank_linear
 from inherit_kernels.ops.lowrank_conv2d import lowrank_conv2d as lowrank_conv2d
@@ -16,8 +16,7 @@ from inherit_kernels.packing import bind as bind
 from inherit_kernels.packing import pack as pack
 from inherit_kernels.registry import OPS, flop_formulas_of
 from inherit_kernels.status import status as status
-
-__version__ = "0.1.0"
+from inherit_kernels.version import __version__ as __version__
 
 # For torch.utils.flop_counter.FlopCounterMode(custom_mapping=inherit_kernels.flop_formulas); importing torch's counter here
 # would import triton.

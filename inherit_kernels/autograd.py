@@ -23,7 +23,9 @@ from inherit_kernels.common.checks import check_shape, check_tensors
 from inherit_kernels.common.conv import in_format, memory_format_of
 from inherit_kernels.common.triton_launch import tracing
 from inherit_kernels.dispatch import _forced, forced_backend, remember, select, select_traced
-from inherit_kernels.registry import Backend, OpSpec, differentiate
+from inherit_kernels.registry import OPS, Backend, OpSpec, differentiate
+
+LIBRARY = torch.library.Library("inherit_kernels", "DEF")
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # 50 ns less than is_compiling; other tracers are dispatch modes
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -283,7 +285,22 @@ def _traced_for_compiler(spec: OpSpec, kind: str) -> Callable[..., Any]:
     return rule
 
 
-def implement(library: torch.library.Library, spec: OpSpec) -> None:
+def register_op(spec: OpSpec) -> OpSpec:
+    """Define `inherit_kernels::<op>`, `<op>_saving` and `<op>_backward`, and put the op into `OPS`."""
+    arguments = ", ".join([f"Tensor {n}" for n in spec.required] + [f"Tensor? {n}" for n in spec.optional])
+    without_residual = arguments.rsplit(", ", 1)[0]
+    LIBRARY.define(f"{spec.name}({arguments}, {spec.options}, str? backend) -> Tensor")
+    LIBRARY.define(f"{spec.name}_saving({arguments}, {spec.options}, str? backend) -> (Tensor, Tensor)")
+    LIBRARY.define(
+        f"{spec.name}_backward(Tensor dz, Tensor t, {without_residual}, {spec.options}, bool[] needs, "
+        "str? backend) -> Tensor[]"
+    )
+    _implement(spec)
+    OPS[spec.name] = spec
+    return spec
+
+
+def _implement(spec: OpSpec) -> None:
     """Kernels, fakes and the gradient of the three operators of an op."""
     operator = getattr(torch.ops.inherit_kernels, spec.name).default
 
@@ -324,8 +341,8 @@ def implement(library: torch.library.Library, spec: OpSpec) -> None:
 
     for kind, fake in (("", fake_forward), ("_saving", fake_saving), ("_backward", fake_backward)):
         name = f"inherit_kernels::{spec.name}{kind}"
-        library.impl(spec.name + kind, kernel_of(kind), "CompositeExplicitAutograd")
-        torch.library.register_fake(name, fake, lib=library)
+        LIBRARY.impl(spec.name + kind, kernel_of(kind), "CompositeExplicitAutograd")
+        torch.library.register_fake(name, fake, lib=LIBRARY)
         rule = _traced_for_compiler(spec, kind)
-        torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
-    library.impl(spec.name, differentiable, "Autograd", with_keyset=True)
+        torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=LIBRARY)
+    LIBRARY.impl(spec.name, differentiable, "Autograd", with_keyset=True)

@@ -1,14 +1,13 @@
-"""Choosing an implementation: by force, or by measured tables; and saying why."""
+"""Choosing an implementation: by force, or by measured tables."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def select(
     key = (x.dtype, x.device, x.shape, tensors[2].shape, options, training, forced)
     choice = spec.choices.get(key)
     if choice is None:
-        name = _decide(spec, problem_of(spec, tensors, options, training), forced)
+        name = decide(spec, problem_of(spec, tensors, options, training), forced)
         choice = remember(spec.choices, key, spec.backends[name])
     return choice
 
@@ -90,7 +89,7 @@ def select_traced(
         return None
     problem = problem_of(spec, tensors, options, training)
     hinted = replace(problem, sizes={letter: hint(size) for letter, size in problem.sizes.items()})
-    return spec.triton_backends.get(_decide(spec, hinted, forced))
+    return spec.triton_backends.get(decide(spec, hinted, forced))
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
@@ -107,7 +106,12 @@ def problem_of(spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], t
     return Problem(spec.name, x.dtype, x.device, spec.sizes(*tensors, *options), options, training)
 
 
-def _decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
+def decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
+    """The name of the backend for a problem.
+
+    Raises:
+        ValueError: the forced backend does not exist for this op or declines; the message is its sentence.
+    """
     _native.warn_once()
     if forced is not None:
         backend = spec.backends.get(forced)
@@ -176,71 +180,3 @@ def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | 
     entry = min(entries, key=distance)
     times = {name: entry["microseconds"][name] for name in candidates if name in entry["microseconds"]}
     return min(times, key=times.__getitem__), entry
-
-
-# --- explaining --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; prints as a short text."""
-
-    problem: Problem
-    declined: dict[str, str | None]  # backend -> sentence, None where it can serve
-    doubted: dict[str, str]  # backend -> why only force chooses it
-    choice: str
-    reason: str
-
-    def __str__(self) -> str:
-        lines = [str(self.problem)]
-        for name, sentence in self.declined.items():
-            mark = "->" if name == self.choice else "  "
-            served = f"can serve if forced: {self.doubted[name]}" if name in self.doubted else "can serve"
-            lines.append(f"{mark} {name:<18}{served if sentence is None else 'declines: ' + sentence}")
-        return "\n".join([*lines, f"choice: {self.choice} ({self.reason})"])
-
-    __repr__ = __str__
-
-
-def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Which backends could serve this call, which one does, and why. Computes nothing.
-
-    Args:
-        op: the op's name, such as "lowrank_linear".
-        args, kwargs: the arguments that the public function would get.
-
-    Raises:
-        ValueError: no such op, or arguments that the op would refuse.
-
-    Example:
-        >>> import torch, inherit_kernels as ik
-        >>> print(ik.explain("lowrank_linear", torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3)))
-    """
-    if op not in OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
-    import inherit_kernels
-    from inherit_kernels import autograd
-
-    spec = OPS[op]
-    bound = inspect.signature(getattr(inherit_kernels, op)).bind(*args, **kwargs)
-    bound.apply_defaults()
-    tensors, options = spec.normalise(*spec.split(tuple(bound.arguments.values())))
-    spec.check(*tensors, *options)
-    training = torch.is_grad_enabled() and autograd.needs_gradient(tensors)
-    problem = problem_of(spec, tensors, options, training)
-    declined = {name: backend.supports(problem) for name, backend in spec.backends.items()}
-    doubted = {name: sentence for name, backend in spec.backends.items() if (sentence := doubt(backend, problem))}
-    forced = forced_backend()
-    choice = _decide(spec, problem, forced)
-    if forced is not None:
-        reason = "forced by use_backend or INHERIT_KERNELS_BACKEND"
-    else:
-        candidates = [name for name, sentence in declined.items() if sentence is None and name not in doubted]
-        entry = measured_choice(problem, candidates)[1]
-        slug = device_slug(problem.device)
-        reason = (
-            f"nothing was measured for {problem.dtype} on {slug}; measure with `python -m inherit_kernels.tune {op}`"
-            if entry is None
-            else f"fastest of the nearest measured bucket {entry['sizes']} on {slug}: {entry['microseconds']} µs"
-        )
-    return Explanation(problem, declined, doubted, choice, reason)

@@ -1,7 +1,7 @@
-"""What an op is: its arguments, its definition, its backends; and how it becomes a torch operator.
+"""What an op is: its arguments, its definition, its backends. Imports nothing of ours.
 
-An op lives in `ops/<op>/` and registers one `OpSpec`. Everything else (dispatch, autograd, contract tests, benchmarks,
-the support table) iterates `OPS`.
+An op lives in `ops/<op>/` and registers one `OpSpec` (`autograd.register_op`). Everything else (dispatch, autograd, contract
+tests, benchmarks, the support table) iterates `OPS`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("inherit_kernels", "DEF")
 OPS: dict[str, OpSpec] = {}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: `SERVES` and `PROVEN` of a backend that is plain torch.
@@ -152,23 +151,6 @@ def differentiate(
         torch.zeros_like(tensor) if tensor is not None and need and gradient is None else gradient
         for tensor, need, gradient in zip(inputs, needs, found, strict=True)
     ]
-
-
-def register_op(spec: OpSpec) -> OpSpec:
-    """Define `inherit_kernels::<op>`, `<op>_saving` and `<op>_backward`, and put the op into `OPS`."""
-    from inherit_kernels import autograd
-
-    arguments = ", ".join([f"Tensor {n}" for n in spec.required] + [f"Tensor? {n}" for n in spec.optional])
-    without_residual = arguments.rsplit(", ", 1)[0]
-    LIBRARY.define(f"{spec.name}({arguments}, {spec.options}, str? backend) -> Tensor")
-    LIBRARY.define(f"{spec.name}_saving({arguments}, {spec.options}, str? backend) -> (Tensor, Tensor)")
-    LIBRARY.define(
-        f"{spec.name}_backward(Tensor dz, Tensor t, {without_residual}, {spec.options}, bool[] needs, "
-        "str? backend) -> Tensor[]"
-    )
-    autograd.implement(LIBRARY, spec)
-    OPS[spec.name] = spec
-    return spec
 
 
 def flop_formulas_of(spec: OpSpec) -> dict[Any, Callable[..., int]]:

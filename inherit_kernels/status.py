@@ -14,6 +14,7 @@ from inherit_kernels import _native
 from inherit_kernels.common.tables import read_table
 from inherit_kernels.dispatch import device_slug, forced_backend, table_path
 from inherit_kernels.registry import OPS
+from inherit_kernels.version import __version__
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def status() -> Status:
     if _native.load() and not measured:
         problems.append(f"no dispatch table for {slug}: measure one with `python -m inherit_kernels.tune`")
     facts = {
-        "inherit_kernels": _version(),
+        "inherit_kernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "native library": native,
@@ -67,12 +68,6 @@ def status() -> Status:
         "environment": ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("INHERIT_KERNELS_")) or "-",
     }
     return Status(facts, tuple(problems))
-
-
-def _version() -> str:
-    import inherit_kernels
-
-    return inherit_kernels.__version__
 
 
 def support_table() -> str:

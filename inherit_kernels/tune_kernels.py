@@ -20,7 +20,7 @@ from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
 from inherit_kernels.testing.gpu_timing import copies_of, time_on_gpu
 from inherit_kernels.testing.triton_compile import SHARED_LIMIT, compile_launch, record
-from inherit_kernels.tune import LAYOUTS, replaced, spread, write_table
+from inherit_kernels.tune_tables import LAYOUTS, replaced, spread, write_table
 
 DTYPES = (torch.bfloat16, torch.float32)  # a configuration for bfloat16 serves float16
 #: Bytes of stack a thread above which a configuration is not timed; below, its time decides.

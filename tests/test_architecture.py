@@ -1,12 +1,13 @@
 """The layout that DESIGN fixes: who imports whom, mirrored names, nothing stray, a lean import.
 
 Seen failing once each: `import inhernet` inside inherit_kernels, an op importing another op, an op folder without cases,
-a new top-level package, `import triton` at the top of a module, a file of 700 lines.
+a new top-level package, `import triton` at the top of a module, a file of 700 lines, four circles of imports.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,30 @@ def run_on_import(node: ast.AST) -> Iterator[ast.AST]:
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield child
             yield from run_on_import(child)
+
+
+def test_no_module_imports_itself_round_a_circle():
+    """Imports inside functions count: they are how circles hide."""
+    paths = {}
+    for folder, root in (("inherit_kernels", ROOT), ("python/inhernet", ROOT / "python"), ("benchmarks", ROOT)):
+        for path in modules(folder):
+            parts = path.relative_to(root).with_suffix("").parts
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in paths.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = package[: len(package) + 1 - node.level] if node.level else []
+                start = ".".join([*above, *filter(None, [node.module])])
+                full = [f"{start}.{alias.name}" for alias in node.names]
+                graph[name] |= {module if module in paths else start for module in full}
+        graph[name] &= set(paths) - {name}
+    assert sum(map(len, graph.values())) > 300
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the modules of a circle
 
 
 def test_the_op_library_never_imports_the_front_end():

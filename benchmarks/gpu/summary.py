@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import store
 from benchmarks.gpu import rows
 from benchmarks.gpu.figures import FIGURES, STATES, Reached, reached, times_of
-from benchmarks.summary import markdown_table
+from benchmarks.markdown import markdown_table
 from inhernet.console import say, table
 
 COLUMNS = (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import inherit_kernels
 import inhernet
 from benchmarks import roofline, store
+from benchmarks.markdown import markdown_table
 from benchmarks.models.networks import NETWORKS as NETWORKS
 from inherit_kernels.testing.timing import time_interleaved
 
@@ -195,8 +196,6 @@ def absent(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The newest run of every case as a Markdown table."""
-    from benchmarks.summary import markdown_table
-
     latest: dict[tuple[str, ...], str] = {}
     for row in rows:
         latest[_case(row)] = max(latest.get(_case(row), ""), row["time"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import inherit_kernels
-from inherit_kernels import _native, dispatch, tune
+from inherit_kernels import _native, dispatch, tune_tables
 from inherit_kernels.common.tables import TABLE_VERSION, read_table
+from inherit_kernels.explain import Explanation
 from inherit_kernels.registry import OPS, Problem
 
 X, DOWN, UP = torch.randn(4, 8), torch.randn(3, 8), torch.randn(5, 3)
@@ -141,16 +142,16 @@ def test_a_damaged_table_is_left_out_with_one_warning(clean, monkeypatch, tmp_pa
 def test_a_damaged_table_does_not_end_the_status(clean, monkeypatch, tmp_path):
     """`python -m inherit_kernels` died of any of them; tune, which is what mends it, too."""
     status = import_module("inherit_kernels.status")  # the package's name is the function
-    for module in (status, tune):
+    for module in (status, tune_tables):
         monkeypatch.setattr(module, "table_path", lambda op, slug: tmp_path / f"{slug}.json")
     (tmp_path / "cpu-mine.json").write_text('{"version": 1, "entries": [3')
     with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
         assert "cpu-mine" not in status.support_table()
     with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
-        assert tune.entries_of("lowrank_linear", "cpu-mine") == []
+        assert tune_tables.entries_of("lowrank_linear", "cpu-mine") == []
     with pytest.warns(UserWarning, match="cpu-mine.json are left out"):
-        tune.write_table("lowrank_linear", "cpu-mine", entries=[GOOD])
-    assert tune.entries_of("lowrank_linear", "cpu-mine") == [GOOD]
+        tune_tables.write_table("lowrank_linear", "cpu-mine", entries=[GOOD])
+    assert tune_tables.entries_of("lowrank_linear", "cpu-mine") == [GOOD]
 
 
 def test_committed_tables_name_real_backends_and_letters():
@@ -176,8 +177,8 @@ def test_committed_tables_name_real_backends_and_letters():
 
 def test_the_choice_is_one_look_up_and_bounded(clean, monkeypatch):
     calls = []
-    decide = dispatch._decide
-    monkeypatch.setattr(dispatch, "_decide", lambda *args: calls.append(1) or decide(*args))
+    decide = dispatch.decide
+    monkeypatch.setattr(dispatch, "decide", lambda *args: calls.append(1) or decide(*args))
     for _ in range(5):
         inherit_kernels.lowrank_linear(X, DOWN, UP)
     assert len(calls) == 1
@@ -237,7 +238,7 @@ def test_a_gpu_without_a_table_takes_the_unfused_form(op, monkeypatch):
     for backend in OPS[op].backends.values():
         monkeypatch.setattr(backend, "supports", lambda problem: None)
     problem = Problem(op, torch.bfloat16, torch.device("cuda"), {"M": 8, "B": 8}, (), False)
-    assert dispatch._decide(OPS[op], problem, None) == "unfused"
+    assert dispatch.decide(OPS[op], problem, None) == "unfused"
 
 
 def test_what_no_gpu_has_proven_is_chosen_by_force_alone(monkeypatch):
@@ -252,9 +253,9 @@ def test_what_no_gpu_has_proven_is_chosen_by_force_alone(monkeypatch):
     for backend in OPS[op].backends.values():
         monkeypatch.setattr(backend, "supports", lambda problem: None)
     inference, training = (Problem(op, torch.bfloat16, torch.device("cuda"), sizes, (None,), t) for t in (False, True))
-    assert dispatch._decide(OPS[op], inference, None) == "triton"
-    assert dispatch._decide(OPS[op], training, None) == "unfused"
-    assert dispatch._decide(OPS[op], training, "triton") == "triton"
+    assert dispatch.decide(OPS[op], inference, None) == "triton"
+    assert dispatch.decide(OPS[op], training, None) == "unfused"
+    assert dispatch.decide(OPS[op], training, "triton") == "triton"
     assert "wrong on an H200" in dispatch.doubt(OPS[op].backends["triton"], training)
-    explanation = dispatch.Explanation(training, {"triton": None}, {"triton": "it is Sunday"}, "unfused", "")
+    explanation = Explanation(training, {"triton": None}, {"triton": "it is Sunday"}, "unfused", "")
     assert "triton            can serve if forced: it is Sunday" in str(explanation)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inherit_kernels import dispatch, tune
+from inherit_kernels import dispatch, tune, tune_tables
 from inherit_kernels.common import triton_conv_launch as conv_launch
 from inherit_kernels.common import triton_launch
 from inherit_kernels.common.tables import TABLE_VERSION
@@ -179,17 +179,17 @@ def test_the_assembler_of_this_triton_is_sound():
 
 
 def test_a_table_keeps_the_part_that_is_not_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "table_path", lambda op, slug: tmp_path / op / f"{slug}.json")
+    monkeypatch.setattr(tune_tables, "table_path", lambda op, slug: tmp_path / op / f"{slug}.json")
     kernels = {"forward": [{"bits": 16, "BR": 64, "config": {"BM": 16}}]}
     entries = [{"dtype": "bfloat16", "training": False, "sizes": {"M": 1}, "microseconds": {"triton": 1.0}}]
-    tune.write_table("some_op", "nvidia-h200", kernels=kernels)
-    tune.write_table("some_op", "nvidia-h200", entries=entries)
+    tune_tables.write_table("some_op", "nvidia-h200", kernels=kernels)
+    tune_tables.write_table("some_op", "nvidia-h200", entries=entries)
     table = json.loads((tmp_path / "some_op" / "nvidia-h200.json").read_text())
     assert (table["kernels"], table["entries"], table["version"]) == (kernels, entries, TABLE_VERSION)
 
 
 def test_a_run_that_ends_early_loses_nothing_measured_before(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "table_path", lambda op, slug: tmp_path / op / f"{slug}.json")
+    monkeypatch.setattr(tune_tables, "table_path", lambda op, slug: tmp_path / op / f"{slug}.json")
     measured = iter(range(100))
     monkeypatch.setattr(
         tune,
@@ -209,7 +209,7 @@ def test_a_run_that_ends_early_loses_nothing_measured_before(monkeypatch, tmp_pa
         clock = (lambda: next(calls)) if stop_after is None else lambda: 0 if next(calls) < stop_after else 9
         monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=clock))
         tune.tune_dispatch("lowrank_linear", "cpu", 0.0, None, end)
-        return [entry["microseconds"]["triton"] for entry in tune.entries_of("lowrank_linear", slug)]
+        return [entry["microseconds"]["triton"] for entry in tune_tables.entries_of("lowrank_linear", slug)]
 
     slug = dispatch.device_slug(torch.device("cpu"))
     assert run(1e9) == list(range(12))
@@ -269,7 +269,7 @@ def test_the_tuner_compiles_in_its_pool_and_writes_as_it_goes(monkeypatch, tmp_p
 
     before = {"bits": 16, "BR": 16, "P": 196, "config": huge, "microseconds": 2.0}
     path = tmp_path / "lowrank_conv2d" / "some-gpu.json"
-    monkeypatch.setattr(tune, "table_path", lambda op, slug: path)
+    monkeypatch.setattr(tune_tables, "table_path", lambda op, slug: path)
     monkeypatch.setattr(tune_kernels, "kernel_tables", _with_cache_clear(lambda op, slug: {"forward": [before]}))
     monkeypatch.setattr(tune_kernels, "device_slug", lambda device: "some-gpu")
     monkeypatch.setattr(tune_kernels, "points_of", lambda op: points)
@@ -335,8 +335,8 @@ def test_a_fast_wrong_result_wins_nothing():
 
 def test_any_beginning_of_a_tuning_run_covers_the_range():
     for count in (1, 2, 5, 168):
-        assert sorted(tune.spread(range(count))) == list(range(count))
-    assert sorted(itertools.islice(tune.spread(range(168)), 6)) == [0, 32, 64, 96, 128, 160]
+        assert sorted(tune_tables.spread(range(count))) == list(range(count))
+    assert sorted(itertools.islice(tune_tables.spread(range(168)), 6)) == [0, 32, 64, 96, 128, 160]
 
 
 # --- what is compiled --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from inherit_kernels.common.conv import Pair, conv_fake, conv_sizes, normalise_c
 from inherit_kernels.ops.gated_lowrank_conv2d import impl_native, impl_triton, impl_triton_gate_first, impl_unfused
 from inherit_kernels.ops.gated_lowrank_conv2d.reference import gated_lowrank_conv2d_reference
 from inherit_kernels.packing import Packed, call_packed
-from inherit_kernels.registry import OpSpec, ReferenceBackend, register_op
+from inherit_kernels.registry import OpSpec, ReferenceBackend
 
 
 def gated_lowrank_conv2d(
@@ -143,7 +143,7 @@ def flops(sizes: dict[str, int]) -> int:
     return 2 * sizes["B"] * sizes["R"] * per_sample
 
 
-SPEC = register_op(
+SPEC = autograd.register_op(
     OpSpec(
         name="gated_lowrank_conv2d",
         required=("x", "down", "up", "gate_weight"),

@@ -12,7 +12,7 @@ from inherit_kernels.common.conv import Pair, conv_fake, conv_sizes, normalise_c
 from inherit_kernels.ops.lowrank_conv2d import impl_native, impl_triton, impl_unfused
 from inherit_kernels.ops.lowrank_conv2d.reference import lowrank_conv2d_reference
 from inherit_kernels.packing import Packed, call_packed
-from inherit_kernels.registry import OpSpec, ReferenceBackend, register_op
+from inherit_kernels.registry import OpSpec, ReferenceBackend
 
 
 def lowrank_conv2d(
@@ -120,7 +120,7 @@ def flops(sizes: dict[str, int]) -> int:
     return 2 * sizes["B"] * sizes["P"] * sizes["R"] * (sizes["C"] * sizes["T"] + sizes["N"])
 
 
-SPEC = register_op(
+SPEC = autograd.register_op(
     OpSpec(
         name="lowrank_conv2d",
         required=("x", "down", "up"),

@@ -9,7 +9,7 @@ from inherit_kernels.common.checks import check_activation, check_rank, check_sh
 from inherit_kernels.ops.lowrank_linear import impl_native, impl_triton, impl_unfused
 from inherit_kernels.ops.lowrank_linear.reference import lowrank_linear_reference
 from inherit_kernels.packing import Packed, call_packed
-from inherit_kernels.registry import OpSpec, ReferenceBackend, register_op
+from inherit_kernels.registry import OpSpec, ReferenceBackend
 
 
 def lowrank_linear(
@@ -80,7 +80,7 @@ def flops(sizes: dict[str, int]) -> int:
     return 2 * sizes["M"] * sizes["R"] * (sizes["K"] + sizes["N"])
 
 
-SPEC = register_op(
+SPEC = autograd.register_op(
     OpSpec(
         name="lowrank_linear",
         required=("x", "down", "up"),

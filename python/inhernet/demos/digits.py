@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,10 +22,11 @@ from torch import nn
 import inhernet
 from inhernet.console import say, table
 from inhernet.distill import Objective, TrainConfig, TrainResult, evaluate, fit
-from inhernet.measure import Latency, interleaved
+from inhernet.measure import interleaved
 from inhernet.models import cifar_resnet, cifar_resnet_near
 
 from .digits_data import Digits, digits
+from .digits_row import Row
 from .published import published
 
 # The task teaches the teacher; the others are taught by it. T² · KL at T = 4 keeps the gradient of a plain KL.
@@ -65,30 +65,6 @@ class DigitsConfig:
     batch: int = 64
     latency_seconds: float = 0.6
     compile: bool = True
-
-
-@dataclass
-class Row:
-    """One network of the comparison. `history` holds test and validation figures per epoch, 0 before training."""
-
-    name: str
-    model: Any
-    history: list[dict[str, float]]
-    best_epoch: int | None
-    parameters: int
-    macs: int
-    seconds: float
-    share: float | None = None
-    heads: int = 0
-    convert_seconds: float = 0.0
-    latency: dict[int, Latency] = field(default_factory=dict)
-
-    def at(self, epoch: int) -> dict[str, float]:
-        return self.history[epoch]
-
-    @property
-    def best(self) -> dict[str, float]:
-        return self.history[-1 if self.best_epoch is None else self.best_epoch]
 
 
 def compare(config: DigitsConfig, split: int, seed: int, show: bool = True) -> list[Row]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .digits import Row
+from .digits_row import Row
 
 # Okabe-Ito: told apart with every common colour blindness, and by line style in grey.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
