@@ -212,6 +212,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--ratio", type=float, help="share of each layer's parameters")
     size.add_argument("--energy", type=float, help="share of the squared singular values to keep in each layer")
     parser.add_argument("--of", choices=("selected", "model"), default="selected", help="what --budget is a share of")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where the network will run: a GPU gets ranks that it "
+                        "multiplies fast (default: cpu)")  # fmt: skip
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--init", choices=("svd", "activation", "fisher", "random", "published"),
                         help="default: fisher with --data, svd without")  # fmt: skip
@@ -235,7 +237,8 @@ def config_of(arguments: argparse.Namespace) -> InheritConfig:
         amount = 0.5 if arguments.budget is None else arguments.budget
         budget = ParamBudget(int(amount) if amount > 1 and amount == int(amount) else amount, of=arguments.of)
     return InheritConfig(
-        heads=arguments.heads, budget=budget, init=arguments.init, exclude=tuple(arguments.exclude), seed=arguments.seed
+        heads=arguments.heads, budget=budget, init=arguments.init, exclude=tuple(arguments.exclude), seed=arguments.seed,
+        device=arguments.device,
     )  # fmt: skip
 
 
@@ -335,6 +338,8 @@ def show_plan(plan: Plan) -> None:
     table(f"plan: {len(plan.factorised)} of {len(plan.layers)} layers factorised", columns, rows, left=(0, 7))
     for what, (after, before) in (("selected layers", plan.selected_params), ("whole model", plan.total_params)):
         say(f"{what}: {after:,} of {before:,} parameters ({after / max(before, 1):.1%})")
+    for sentence in plan.advice:
+        say(sentence.replace("device='cuda'", "--device cuda"))
 
 
 def run_train(arguments: argparse.Namespace) -> None:

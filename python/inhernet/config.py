@@ -164,7 +164,9 @@ class InheritConfig:
         exclude: names or "re:pattern"s that stay dense.
         filter_fn: ``filter_fn(module, name) -> bool``; False keeps the layer dense. Not serialised: `to_json` writes
             `"filter_fn": "not serialised"` and a configuration read back has None.
-        round_to: ranks are multiples of this. min_params: layers with fewer dense parameters stay dense.
+        round_to: ranks are multiples of this, or "auto": of what `device` multiplies fast. Ranks of your own (`UniformRank`,
+            rules) are kept by "auto". min_params: layers with fewer dense parameters stay dense.
+        device: where the inherited network will run, "cpu" or "cuda"; None: where the teacher is when it is planned.
         break_even: refuse ranks that save no parameters. False: a layer stays dense only when rank >= min(m, n).
         head_bias: "source" (a bias where the dense layer had one) or "always".
         noise: standard deviation of the zero-sum head perturbation, as a share of std(up).
@@ -195,7 +197,8 @@ class InheritConfig:
     rules: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     filter_fn: Callable[[Any, str], bool] | None = field(default=None, compare=False)
-    round_to: int = 1
+    round_to: int | str = "auto"
+    device: str | None = None
     min_params: int = 0
     break_even: bool = True
     head_bias: str = "source"
@@ -210,8 +213,12 @@ class InheritConfig:
     layers: tuple[str, ...] = LAYER_KINDS
 
     def __post_init__(self) -> None:
-        for name in ("heads", "round_to", "rank_step", "projections", "max_moment"):
+        for name in ("heads", "rank_step", "projections", "max_moment"):
             _need_int(name, getattr(self, name), 1)
+        if self.round_to != "auto":
+            _need_int("round_to", self.round_to, 1)
+        if not (self.device is None or (isinstance(self.device, str) and self.device.isalpha())):
+            _refuse("device", self.device, "None or a type of device, 'cpu' or 'cuda'")
         for name in ("min_params", "seed"):
             _need_int(name, getattr(self, name), 0)
         if not isinstance(self.budget, tuple(_BUDGETS.values())):

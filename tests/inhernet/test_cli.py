@@ -107,6 +107,15 @@ def test_plan_from_a_shell(folder: Path) -> None:
     assert "no --weights" in done.stderr
 
 
+def test_a_plan_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "inhernet.models:resnet20", "--budget", "0.5"]) == 0
+    assert "22 of 22 ranks are no multiples of 8, which is slow on a GPU" in capsys.readouterr().out
+    assert main(["plan", "inhernet.models:resnet20", "--budget", "0.5", "--device", "cuda"]) == 0
+    said = capsys.readouterr().out
+    assert "multiples" not in said
+    assert "selected layers: 138,108 of 276,756 parameters (49.9%)" in said
+
+
 def test_plan_is_written_and_followed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", "mine:parts", "--budget", "0.4", "--heads", "2"]
     assert main(["plan", "mine:tiny", *options, "--out", "planned"]) == 0

@@ -26,6 +26,7 @@ FULL = InheritConfig(
     rules={"a.b": None, "re:a.*": 16, "c": 0.25, "_default": {"ratio": 0.5, "heads": 2, "init": "svd"}},
     exclude=("re:.*head", "stem"),
     round_to=8,
+    device="cuda",
     min_params=1000,
     break_even=False,
     head_bias="always",
@@ -48,6 +49,12 @@ def test_json_round_trip(budget):
 def test_copies_and_pickles():
     assert copy.deepcopy(FULL) == FULL
     assert pickle.loads(pickle.dumps(FULL)) == FULL
+
+
+def test_a_configuration_without_what_came_later_reads():
+    data = FULL.to_dict()
+    del data["device"]
+    assert InheritConfig.from_dict(data) == dataclasses.replace(FULL, device=None)
 
 
 def test_filter_fn_says_that_it_is_not_serialised():
@@ -87,6 +94,8 @@ BAD = [
     ({"exclude": ("re:[",)}, "valid regular expression"),
     ({"filter_fn": 3}, "filter_fn is 3"),
     ({"round_to": 0}, "round_to is 0"),
+    ({"round_to": "fast"}, "round_to is 'fast'"),
+    ({"device": "cuda:0"}, "device is 'cuda:0'"),
     ({"min_params": -1}, "min_params is -1"),
     ({"break_even": 1}, "break_even is 1"),
     ({"head_bias": "none"}, "head_bias is 'none'"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..config import Budget, EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
-from .allocate import energy_rank, global_ranks, ratio_rank, rounded, uniform_ranks
-from .batches import reusable
+from .allocate import energy_rank, global_ranks, grid_of, ratio_rank, uniform_ranks
+from .batches import device_of, reusable
 from .calibration import Key, collect_moments
 from .factorise import Factors, Moments, plain_factors, weighted_factors
 from .layers import LayerPlan
@@ -58,6 +59,7 @@ def plan(
     config = config or InheritConfig()
     calibration = None if calibration is None else reusable(calibration)
     check_teacher(model)
+    config = replace(config, device=config.device or device_of(model).type)
     digest = weights_hash(model)
     if statistics is not None:
         _reusable_statistics(statistics, calibration, digest)
@@ -190,7 +192,7 @@ def _assign(layer: LayerPlan, rank: int | None, config: InheritConfig, why: str 
 
 
 def _assign_ratio(layer: LayerPlan, ratio: float, config: InheritConfig) -> None:
-    rank = ratio_rank(layer, ratio, config.break_even, config.round_to)
+    rank = ratio_rank(layer, ratio, config.break_even, grid_of(config.round_to, config.device))
     if rank == 0:
         layer.keep_dense(f"not even rank 1 fits in {100 * ratio:g} % of {layer.dense_params:,} parameters")
     else:
@@ -205,17 +207,17 @@ def _assign_ratio(layer: LayerPlan, ratio: float, config: InheritConfig) -> None
 def _spend(result: Plan, model: nn.Module, pairs: list[tuple[LayerPlan, Any]], default_init: str) -> None:
     layers, config = [layer for layer, _ in pairs], result.config
     budget: Budget = config.budget
+    grid = grid_of(config.round_to, config.device)
     if isinstance(budget, UniformRank):
         for layer in layers:
-            _assign(layer, rounded(budget.rank, config.round_to), config)
+            _assign(layer, budget.rank if config.round_to == "auto" else grid.below(budget.rank), config)
     elif isinstance(budget, UniformRatio):
         for layer in layers:
             _assign_ratio(layer, budget.ratio, config)
     elif isinstance(budget, EnergyBudget):
         for layer in layers:
             rank = energy_rank(factors_of(result, model, layer).spectrum, budget.energy)
-            rank = -(-rank // config.round_to) * config.round_to
-            _assign(layer, rank, config)
+            _assign(layer, grid.above(rank), config)
     else:
         _spend_params(result, model, layers, budget, default_init)
     for layer in result.factorised:
@@ -225,7 +227,7 @@ def _spend(result: Plan, model: nn.Module, pairs: list[tuple[LayerPlan, Any]], d
 def _spend_params(
     result: Plan, model: nn.Module, layers: list[LayerPlan], budget: ParamBudget, default_init: str
 ) -> None:
-    config = result.config
+    config, grid = result.config, grid_of(result.config.round_to, result.config.device)
     after, before = result.selected_params
     settled = after - sum(layer.dense_params for layer in layers)  # what explicit rules have already spent
     if budget.of == "model":
@@ -242,9 +244,9 @@ def _spend_params(
                 "set allocation='fisher' to measure every layer, or allocation='uniform'"
             )
         spectra = {layer.name: factors_of(result, model, layer, "fisher").spectrum for layer in layers}
-        ranks = global_ranks(layers, spectra, allowed, config.break_even, config.round_to, config.rank_step)
+        ranks = global_ranks(layers, spectra, allowed, config.break_even, grid, config.rank_step)
     else:
-        ranks = uniform_ranks(layers, allowed, config.break_even, config.round_to)
+        ranks = uniform_ranks(layers, allowed, config.break_even, grid)
     for layer in layers:
         _assign(layer, ranks[layer.name], config)
 

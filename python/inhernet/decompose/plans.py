@@ -90,6 +90,16 @@ class Plan:
         after, before = self.selected_params
         return self.model_params - before + after, self.model_params
 
+    @property
+    def advice(self) -> list[str]:
+        """What a reader of the plan should know of its ranks, a sentence each."""
+        odd = sum(layer.rank % 8 > 0 for layer in self.factorised if layer.rank)
+        if not odd:
+            return []
+        # H200: BERT at 50 % in 7.07 ms with ranks as they come, in 2.73 with multiples of 64.
+        of = f"{odd} of {len(self.factorised)} ranks are no multiples of 8"
+        return [f"{of}, which is slow on a GPU (a BERT took 2.6 times as long): for one, plan with device='cuda'"]
+
     def __str__(self) -> str:
         columns = (
             "layer",
@@ -112,6 +122,7 @@ class Plan:
             f"selected layers: {selected[0]:,} of {selected[1]:,} parameters ({share(*selected)})",
             f"whole model:     {whole[0]:,} of {whole[1]:,} parameters ({share(*whole)})",
         ]
+        lines += self.advice
         lines += [f"{key}: {count} of {len(self.layers)} layers" for key, count in self.matches.items()]
         return "\n".join(lines)
 

@@ -199,6 +199,26 @@ def test_round_to(net, data):
         assert all(layer.rank % 4 == 0 for layer in p.factorised)
 
 
+def test_ranks_for_a_gpu(net, data, tmp_path):
+    """Seen failing: ranks as they came made every network on a GPU slower than its teacher."""
+    wide = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 90), nn.ReLU(), nn.Linear(90, 10))
+    for budget in (UniformRatio(0.6), ParamBudget(0.5), EnergyBudget(0.7)):
+        p = inhernet.plan(wide, InheritConfig(budget=budget, device="cuda"))
+        ranks = [layer.rank for layer in p.factorised]
+        assert max(ranks) >= 128
+        assert all(rank < 8 or rank % (64 if rank >= 128 else 16 if rank >= 16 else 8) == 0 for rank in ranks)
+        assert ["multiples of 8" in str(p)] == [min(ranks) < 8]
+        if isinstance(budget, ParamBudget):
+            assert p.selected_params[0] <= 0.5 * p.selected_params[1]
+        p.save(tmp_path)
+        assert inhernet.Plan.load(tmp_path).config.device == "cuda"
+    own = inhernet.plan(wide, InheritConfig(budget=UniformRank(37), device="cuda", rules={"0": 131}))
+    assert [layer.rank for layer in own] == [131, 37, None]  # a rank of the user's own is the user's own
+    assert "2 of 2 ranks are no multiples of 8, which is slow on a GPU" in str(own)
+    here = inhernet.plan(wide, InheritConfig(budget=UniformRatio(0.61)))
+    assert here.config.device == "cpu" and here["0"].rank == 182
+
+
 def test_initialisations_that_need_calibration_say_so(net, data):
     for init in ("fisher", "activation"):
         with pytest.raises(ValueError, match=f"init='{init}' needs calibration"):
