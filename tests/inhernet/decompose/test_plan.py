@@ -207,7 +207,7 @@ def test_ranks_for_a_gpu(net, data, tmp_path):
         ranks = [layer.rank for layer in p.factorised]
         assert max(ranks) >= 128
         assert all(rank < 8 or rank % (64 if rank >= 128 else 16 if rank >= 16 else 8) == 0 for rank in ranks)
-        assert ["multiples of 8" in str(p)] == [min(ranks) < 8]
+        assert "multiples of 8" not in str(p)
         if isinstance(budget, ParamBudget):
             assert p.selected_params[0] <= 0.5 * p.selected_params[1]
         p.save(tmp_path)
