@@ -1,7 +1,7 @@
 """The layout that DESIGN fixes: who imports whom, mirrored names, nothing stray, a lean import.
 
 Seen failing once each: `import inhernet` inside inherit_kernels, an op importing another op, an op folder without cases,
-a new top-level package, `import triton` at the top of a module, a file of 700 lines, four circles of imports.
+a new top-level package, `import triton` at the top of a module, a file of 700 lines, a circle of imports.
 """
 
 from __future__ import annotations

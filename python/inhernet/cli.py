@@ -292,8 +292,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
     teacher_directory = arguments.teacher.removeprefix("hf:") if arguments.teacher.startswith("hf:") else None
     need_free(arguments.out, arguments, teacher_directory, arguments.weights, arguments.plan)
     if arguments.plan:
-        for name in ("budget", "rank", "ratio", "energy", "device", "init"):
-            if getattr(arguments, name) is not None:
+        blank = argparse.ArgumentParser(add_help=False)
+        _add_config(blank)
+        for name, default in vars(blank.parse_args([])).items():
+            if name != "data" and getattr(arguments, name) != default:
                 raise specs.UsageError(f"--{name} is given beside --plan, which has decided it: leave one of them out")
         try:
             plan = Plan.load(arguments.plan)

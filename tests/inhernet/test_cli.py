@@ -324,6 +324,7 @@ WRONG = [
     ("convert mine:tiny", "--out"),
     ("convert mine:tiny --plan nowhere --out x", "has no plan.json"),
     ("convert mine:tiny --plan nowhere --budget 0.3 --out x", "--budget is given beside --plan"),
+    ("convert mine:tiny --plan nowhere --heads 3 --out x", "--heads is given beside --plan"),
     ("train nowhere --data digits --overwrite", "nowhere"),
     ("train student --data mine:parts", "--out is missing"),
     ("train student --data mine:parts --objective published", "needs --teacher"),

@@ -176,7 +176,7 @@ def test_no_affordable_rank_is_left_over():
 def test_uniform_ranks_in_multiples_leave_no_affordable_one_over():
     """One ratio for all alone left ResNet-20 at 34.5 % of a budget of 50 %: its six 64×576 layers moved together."""
     draw = random.Random(1)
-    spent_shares = []
+    tried = 0
     for _ in range(200):
         layers = [random_layer(str(index), draw) for index in range(draw.choice((1, 2, 5, 20)))]
         grid = draw.choice((Grid(((1, 4),)), FAST["cuda"]))
@@ -192,8 +192,8 @@ def test_uniform_ranks_in_multiples_leave_no_affordable_one_over():
             if rank is not None and (above := grid.above(rank + 1)) < x.limit(True):
                 assert left < x.cost(above) - x.cost(rank), (x, rank, left)
             assert rank is None or rank < grid.first or grid.below(rank) == rank
-        spent_shares.append(spent(layers, ranks) / allowed)
-    assert len(spent_shares) > 150
+        tried += 1
+    assert tried > 150
 
 
 def random_layer(name: str, draw: random.Random) -> LayerPlan:
