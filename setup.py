@@ -87,15 +87,15 @@ def find_nvcc():
 
 
 def cuda_architectures():
-    """{number: flags of nvcc}, such as "90a", and their names."""
-    flags, names = {}, []
+    """Flags of nvcc for the architectures asked for, and their names."""
+    flags, names = [], []
     for item in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "") or "8.0;9.0a"):
         number, _, ptx = item.partition("+")
         if not re.fullmatch(r"\d+\.\d[a-z]?", number) or ptx not in ("", "PTX"):
             raise CannotBuild(f"TORCH_CUDA_ARCH_LIST has '{item}', expected entries such as 8.0, 9.0a or 9.0+PTX")
         number = number.replace(".", "")
         codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
-        flags[number] = [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
         names.append(f"sm_{number}" + ("+ptx" if ptx else ""))
     return flags, ",".join(names)
 
@@ -129,16 +129,8 @@ class Plan:
             host = ["-ccbin", compiler[0]] if os.environ.get("CXX") else []
             flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{csrc / 'include'}"]
             flags.append(f'-DINHERIT_KERNELS_CUDA_ARCHITECTURES="{names}"')
-            # <op>_sm90.cu is for 9.x alone and left out where that is not asked for; the others know by the macro.
-            hopper = {number: codes for number, codes in architectures.items() if re.fullmatch(r"9\d[a-z]?", number)}
-            if hopper:
-                flags.append("-DINHERIT_KERNELS_SM90")
-                defines.append("-DINHERIT_KERNELS_SM90")
             for source in sorted((csrc / "cuda").glob("*.cu")):
-                wanted = hopper if source.stem.endswith("_sm90") else architectures
-                codes = [flag for group in wanted.values() for flag in group]
-                if codes:
-                    self._add(f"{source.stem}.cu.o", source, [nvcc, *host, *flags, *codes])
+                self._add(f"{source.stem}.cu.o", source, [nvcc, *host, *flags, *architectures])
             link += [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
             defines.append("-DINHERIT_KERNELS_CUDA")
             for source in sorted((csrc / "cuda").glob("*.cpp")):

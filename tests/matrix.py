@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
 # What looks at the source tree, or compiles it, says nothing of a torch.
-LEFT_OUT = ("architecture", "readme", "install", "emulation", "cuda_kernels", "cuda_cluster_kernels", "machine_code")
+LEFT_OUT = ("architecture", "readme", "install", "emulation", "cuda_kernels", "machine_code")
 WHERE = """
 import sys, torch, inherit_kernels, inhernet
 assert all("site-packages" in package.__file__ for package in (inherit_kernels, inhernet)), inherit_kernels.__file__

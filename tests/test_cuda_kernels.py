@@ -278,7 +278,7 @@ for layer, dtype in [(Layer(9, 520, 16, 35), "bfloat16"), (Layer(3, 65, 17, 33, 
 """
 
 
-@pytest.mark.slow  # half a minute; those of the cluster kernels run always
+@pytest.mark.slow  # half a minute
 def test_the_sanitizer_finds_no_race():
     done = build.run_sanitized(build.build("decode", SOURCES, sanitize=True), SANITIZED)
     assert done.returncode == 0, done.stderr[-3000:]

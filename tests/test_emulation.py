@@ -51,15 +51,13 @@ def test_barriers_and_shared_memory(words):
 def test_warp_words(words):
     values = numbers(2, 32)
     lanes = np.arange(32)
-    rows = [values.sum(1, keepdims=True), values.max(1, keepdims=True), values[:, 5:6], values[:, lanes ^ 1]]
+    rows = [values.sum(1, keepdims=True), values[:, 5:6], values[:, lanes ^ 1]]
     expected = np.stack([np.broadcast_to(row, (2, 32)).reshape(64) for row in rows])
     for seed in SEEDS:
-        np.testing.assert_allclose(run(words, "warp", values, (4, 64), seed), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run(words, "warp", values, (3, 64), seed), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("mma_bf16", "bfloat16"), ("mma_half16", "float16"), ("mma_trans", "bfloat16")]
-)
+@pytest.mark.parametrize("name, dtype", [("mma_bf16", "bfloat16"), ("mma_half16", "float16")])
 def test_matrix_words(words, name, dtype):
     bits = to_bits(numbers(24, 16), dtype)
     exact = from_bits(bits, dtype)
@@ -78,12 +76,6 @@ def test_background_copies(words, count):
 def test_streaming_loads(words):
     values = numbers(256)
     expect(words, "stream", values, values)
-
-
-def test_clusters_and_shared_memory_of_other_blocks(words):
-    values = numbers(8)
-    sums = values.reshape(2, 4) @ np.float32([8, 4, 2, 1])
-    expect(words, "cluster", values, np.repeat(sums, 4) + 1000 * np.tile(np.arange(4, dtype=np.float32), 2))
 
 
 def test_flags_between_blocks(words):
@@ -112,12 +104,11 @@ def test_conversions_round_to_nearest_even():
 
 FAULTS = {
     "outside": r"memory access outside the shared memory of block .* \(at byte 256 of 256\)\n  in block .*, thread \(63,",
-    "deadlock": r"deadlock.*\n.*32 in __syncthreads.*\n.*32 in cluster_sync",
+    "deadlock": r"deadlock.*\n.*33 in __syncthreads.*\n.*31 in __syncwarp",
     "polling": r"deadlock: only polling loops run",
     "divergent": r"divergent warp: this lane is in shuffle .*\n  in block \(0, 0, 0\), thread",
     "in_flight": r"ended with copies in flight\n  in block",
     "misaligned": r"load16: the address is not 16-byte aligned",
-    "left": r"outside the shared memory of block .*which has left",
 }
 
 
@@ -129,8 +120,7 @@ def test_faults_become_exceptions(words, name):
             run(words, name, numbers(256), (256,), seed)
         except RuntimeError as fault:
             messages.append(str(fault))
-    # A block that leaves too early is met only where another is slow: two thirds of the schedules.
-    assert len(messages) >= (1 if name == "left" else len(SEEDS))
+    assert len(messages) == len(SEEDS)
     assert all(re.search(FAULTS[name], message) for message in messages), messages
     values = numbers(3, 64)
     np.testing.assert_array_equal(run(words, "reverse", values, (3, 64)), values[:, ::-1])  # and the tool goes on
@@ -183,7 +173,7 @@ def sanitized(kernels, statement=""):
 
 
 def test_the_sanitizer_finds_no_race_in_right_kernels():
-    done = sanitized(["reverse", "warp", "mma_bf16", "mma_trans", "copy", "cluster", "flag", "grids"])
+    done = sanitized(["reverse", "warp", "mma_bf16", "copy", "flag", "grids"])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -66,15 +66,6 @@ const char* cuda_self_test() {
 
 namespace cuda {
 
-DeviceLimits device_limits(int device) {
-  int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
-  bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return known ? DeviceLimits{10 * major + minor, multiprocessors, shared_bytes} : DeviceLimits{};
-}
-
 const char* error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

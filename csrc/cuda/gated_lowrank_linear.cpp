@@ -5,13 +5,7 @@
 namespace inherit_kernels::cuda {
 namespace {
 
-#ifdef INHERIT_KERNELS_SM90
-constexpr LinearLaunchers kLaunchers = {gated_lowrank_linear_decode_workspace, gated_lowrank_linear_decode,
-                                        gated_lowrank_linear_sm90_declines, gated_lowrank_linear_sm90};
-#else
-constexpr LinearLaunchers kLaunchers = {gated_lowrank_linear_decode_workspace, gated_lowrank_linear_decode, nullptr,
-                                        nullptr};
-#endif
+constexpr LinearLaunchers kLaunchers = {gated_lowrank_linear_decode_workspace, gated_lowrank_linear_decode};
 
 std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, Tensor gate_weight,
                                            OptionalTensor gate_bias, OptionalTensor bias, OptionalTensor residual,

@@ -3,7 +3,6 @@
 
 #include <tuple>
 
-#include "inherit_kernels/cuda/gated_lowrank_linear_sm90.h"
 #include "inherit_kernels/cuda/linear_call.h"
 #include "tensors.h"
 
@@ -14,42 +13,10 @@ struct LinearTensors {
   OptionalTensor gate_weight, gate_bias, bias, residual;
 };
 
-// The launchers of one op: up to 16 rows, and more of them on a device that has clusters.
 struct LinearLaunchers {
   size_t (*decode_workspace)(const LinearCall&);
   int (*decode)(const LinearCall&, void* stream);
-  const char* (*sm90_declines)(const GatedLowrankLinearSm90Call&);  // null in a build without sm_90
-  int (*sm90)(const GatedLowrankLinearSm90Call&);
 };
-
-inline GatedLowrankLinearSm90Call sm90_call(const LinearCall& c, const Context& context) {
-  GatedLowrankLinearSm90Call call{};
-  call.x = c.x;
-  call.down = c.down;
-  call.up = c.up;
-  call.bias = c.bias;
-  call.residual = c.residual;
-  call.y = c.y;
-  call.t = c.t;
-  call.x_stride = c.ld_x;
-  call.down_stride = c.in;
-  call.up_stride = call.t_stride = c.rank;
-  call.residual_stride = c.ld_residual;
-  call.y_stride = c.ld_y;
-  call.rows = c.rows;
-  call.in = c.in;
-  call.rank = c.rank;
-  call.out = c.out;
-  call.dtype = c.dtype;
-  call.activation = c.activation;
-  call.multiprocessors = context.limits.multiprocessors;
-  call.stream = context.stream;
-  call.gate_weight = c.gate_weight;
-  call.gate_bias = c.gate_bias;
-  call.up_head_stride = c.out * c.rank;
-  call.heads = c.heads;
-  return call;
-}
 
 inline LinearCall linear_call(LinearTensors& in, int64_t heads, int64_t out, int64_t activation) {
   LinearCall call{};
@@ -75,18 +42,12 @@ inline LinearCall linear_call(LinearTensors& in, int64_t heads, int64_t out, int
 }
 
 inline void launch_linear(const LinearLaunchers& launchers, LinearCall& call, const Tensor& x, const Context& context) {
-  if (call.rows <= kDecodeRows) {
-    int64_t bytes = static_cast<int64_t>(launchers.decode_workspace(call));
-    STD_TORCH_CHECK(bytes > 0, "no CUDA kernel takes this rank or number of heads; use the backend triton or unfused");
-    Tensor workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
-    call.workspace = workspace.data_ptr();
-    return check_launch(launchers.decode(call, context.stream));
-  }
-  bool clusters = launchers.sm90 && context.limits.capability / 10 == 9;
-  GatedLowrankLinearSm90Call clustered = sm90_call(call, context);
-  const char* sentence = clusters ? launchers.sm90_declines(clustered) : "it or this build has no clusters";
-  STD_TORCH_CHECK(!sentence, "no CUDA kernel takes ", call.rows, " rows on this device: ", sentence);
-  check_launch(launchers.sm90(clustered));
+  int64_t bytes = static_cast<int64_t>(launchers.decode_workspace(call));
+  STD_TORCH_CHECK(bytes > 0, "no CUDA kernel takes this number of rows (", call.rows, "), rank (", call.rank,
+                  ") or number of heads (", call.heads, "); use the backend triton or unfused");
+  Tensor workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
+  call.workspace = workspace.data_ptr();
+  check_launch(launchers.decode(call, context.stream));
 }
 
 // y, and t where it is asked for.

@@ -5,17 +5,7 @@
 namespace inherit_kernels::cuda {
 namespace {
 
-#ifdef INHERIT_KERNELS_SM90
-const char* sm90_declines(const GatedLowrankLinearSm90Call& call) {
-  return lowrank_linear_sm90_declines(call);
-}
-int sm90(const GatedLowrankLinearSm90Call& call) {
-  return lowrank_linear_sm90(call);
-}
-constexpr LinearLaunchers kLaunchers = {lowrank_linear_decode_workspace, lowrank_linear_decode, sm90_declines, sm90};
-#else
-constexpr LinearLaunchers kLaunchers = {lowrank_linear_decode_workspace, lowrank_linear_decode, nullptr, nullptr};
-#endif
+constexpr LinearLaunchers kLaunchers = {lowrank_linear_decode_workspace, lowrank_linear_decode};
 
 std::tuple<Tensor, OptionalTensor> forward(Tensor x, Tensor down, Tensor up, OptionalTensor bias,
                                            OptionalTensor residual, int64_t activation, bool saving) {

@@ -24,14 +24,13 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The device of x made current while this lives, its stream and its limits.
+// The device of x made current while this lives, and its stream.
 struct Context {
   explicit Context(const Tensor& x)
-      : index(x.get_device()), guard(index), stream(current_stream(index)), limits(device_limits(index)) {}
+      : index(x.get_device()), guard(index), stream(current_stream(index)) {}
   int32_t index;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
-  DeviceLimits limits;
 };
 
 inline int dtype_code(const Tensor& tensor, const char* name) {

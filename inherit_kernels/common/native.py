@@ -39,36 +39,19 @@ def declines(problem: Problem) -> str | None:
     return None if _native.load() else _native.error
 
 
-def declines_on_cuda(problem: Problem, dtypes: Sequence[torch.dtype]) -> str | None:
-    """One sentence why no CUDA C++ kernel can serve a problem of these dtypes, whatever its sizes, or None."""
-    if problem.dtype not in dtypes:
-        return f"the CUDA kernels of {problem.op} take {', '.join(map(str, dtypes))}, not {problem.dtype}"
+def declines_linear_on_cuda(problem: Problem) -> str | None:
+    """One sentence why no CUDA C++ kernel can serve a linear layer, or None: they are for few rows."""
+    if "M" not in problem.sizes:
+        return "the CUDA kernels are chosen by the number of rows, which is not known beforehand"
+    if problem.dtype not in CUDA_DTYPES:
+        return f"the CUDA kernels take {', '.join(map(str, CUDA_DTYPES))}, not {problem.dtype}"
     if not _native.cuda_built():
         reason = _native.build_notes().get("cuda_error") or "install this package again with INHERIT_KERNELS_BUILD=cuda"
         return _native.error or f"the native library was built without CUDA: {reason}"
-    return None
-
-
-def declines_linear_on_cuda(problem: Problem) -> str | None:
-    """The same for the linear ops: up to 16 rows on any device, more of them in clusters of Hopper's."""
     rows, rank, heads = (problem.sizes.get(letter, 1) for letter in "MRH")
-    if "M" not in problem.sizes:
-        return "the CUDA kernels are chosen by the number of rows, which is not known beforehand"
-    sentence = declines_on_cuda(problem, CUDA_DTYPES)
-    if sentence is not None:
-        return sentence
-    if not problem.sizes["N"]:
-        return "there is no output to compute"
-    if rows <= DECODE_ROWS:
-        fits = rank <= 512 and heads <= 16
-        return None if fits else f"up to rank 512 and 16 heads are served at few rows, not {rank} and {heads}"
-    if torch.cuda.get_device_capability(problem.device)[0] != 9:
-        return f"more than {DECODE_ROWS} rows take a device with clusters (compute capability 9)"
-    if problem.dtype == torch.float32:
-        return f"more than {DECODE_ROWS} rows are served in bfloat16 and float16"
-    if rank > 256 or heads > 8 or rank % 8 or problem.sizes["K"] % 8 or not problem.sizes["K"]:
-        return f"clusters take ranks to 256 and inputs in multiples of 8, and up to 8 heads, not {problem.sizes}"
-    return None
+    if rows > DECODE_ROWS or rank > 512 or heads > 16:
+        return f"the CUDA kernels take up to {DECODE_ROWS} rows, rank 512 and 16 heads, not {rows}, {rank} and {heads}"
+    return None if problem.sizes["N"] else "there is no output to compute"
 
 
 def only_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

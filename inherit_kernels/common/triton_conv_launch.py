@@ -106,7 +106,7 @@ class Geometry:
         letters = {"B": self.batch, "C": self.channels, "T": self.taps, "P": self.positions}
         letters |= {"N": self.outputs, "H": self.heads, "M": self.rows}  # M: of the shipped tables
         config = config_for(op, kernel, x.dtype, x.device, {"BR": padded_rank(self.rank), **letters})
-        if self.few_channels and kernel in ("forward", "forward_down", "single_pass") and "BK" in config:
+        if self.few_channels and kernel in ("forward", "forward_down") and "BK" in config:
             # Each element of a step has an address of its own: at 64 columns they spilled 136 bytes a thread.
             return config | {"BK": 32 if x.element_size() == 2 else 16}
         return config

@@ -13,7 +13,7 @@ Without the perturbation term correct kernels fail by bad luck: the plain expres
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,12 @@ def check_accuracy(
     device: str = "cpu",
     seed: int = 0,
     gradients: bool = True,
+    function: Callable[..., Tensor] | None = None,
 ) -> dict[str, float]:
     """Hold an op to the rule on one case, output and every gradient; inputs must come out unchanged.
+
+    Args:
+        function: called in place of the public function, such as a compiled one.
 
     Returns:
         name -> ‖r − a‖ / allowed, for the output "y" and each gradient "d_<argument>".
@@ -55,7 +59,7 @@ def check_accuracy(
     before = {name: value.clone() for name, value in inputs.items() if value is not None}
     leaves = {name: _leaf(value, gradients) for name, value in inputs.items()}
     with use_backend(backend):
-        y = getattr(inherit_kernels, op)(*leaves.values(), **case.options)
+        y = (function or getattr(inherit_kernels, op))(*leaves.values(), **case.options)
     _check_form(spec, case, inputs, y)
     cotangent = _cotangent(spec, case, inputs, y.shape, dtype, seed) if gradients else None
     if cotangent is not None:

@@ -47,12 +47,4 @@ void compute_mma(const unsigned char (*in)[64], unsigned char (*out)[64], int is
   is_bf16 ? mma<cuda::bf16>(in, out) : mma<cuda::half16>(in, out);
 }
 
-void compute_matrix(const unsigned char (*in)[64], unsigned char (*out)[64], int transposed) {
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 8; ++i) {  // element i % 2 of register i / 2
-      int row = transposed ? lane % 4 * 2 + i % 2 : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i % 2;
-      std::memcpy(out[lane] + 2 * i, in[i / 2 * 8 + row] + 2 * column, 2);
-    }
-}
-
 }  // namespace inherit_kernels::emulation

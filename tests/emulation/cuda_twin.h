@@ -33,7 +33,6 @@ namespace cuda {
 
 struct Shape {
   dim3 grid, block;
-  int cluster = 1;
   size_t shared_bytes = 0;
   bool after_previous = false;
 };
@@ -134,17 +133,6 @@ inline uint4 load16_streaming(const void* p) {
   return load16(p);
 }
 
-inline void load_matrix(uint32_t (&r)[4], const void* p_row, bool transposed, int line) {
-  uint4 row = load16(p_row);
-  emulation::exchange("load_matrix", line, &row, 16, r, 16, emulation::compute_matrix, transposed);
-}
-inline void load_matrix_x4(uint32_t (&r)[4], const void* p_shared_row, int line = __builtin_LINE()) {
-  load_matrix(r, p_shared_row, false, line);
-}
-inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* p_shared_row, int line = __builtin_LINE()) {
-  load_matrix(r, p_shared_row, true, line);
-}
-
 inline void land_copy(void* p_shared, const void* p_global, bool valid) {
   store16(p_shared, valid ? load16(p_global) : uint4{0, 0, 0, 0});
 }
@@ -176,19 +164,6 @@ inline int add_release(int* p, int v) {
   return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 
-inline int cluster_rank() {
-  return emulation::cluster_rank();
-}
-inline int cluster_size() {
-  return emulation::cluster_size();
-}
-inline void cluster_sync(int line = __builtin_LINE()) {
-  emulation::barrier(emulation::Scope::kCluster, "cluster_sync", line);
-}
-template <class T>
-T* map_shared(T* p, int rank) {
-  return reinterpret_cast<T*>(emulation::map_shared(reinterpret_cast<char*>(p), rank));
-}
 inline void wait_previous_grid(int line = __builtin_LINE()) {
   emulation::wait_previous_grid(line);
 }
@@ -198,7 +173,7 @@ inline void release_next_grid() {
 
 template <class Args>
 cudaError_t launch(const Shape& shape, cudaStream_t, void (*kernel)(Args), const Args& args) {
-  emulation::enqueue({shape.grid, shape.block, shape.cluster, shape.shared_bytes, shape.after_previous},
+  emulation::enqueue({shape.grid, shape.block, shape.shared_bytes, shape.after_previous},
                      [kernel, args] { kernel(args); });
   return cudaSuccess;
 }

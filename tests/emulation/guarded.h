@@ -33,7 +33,6 @@ class Guarded {
   char* data() const { return data_; }
   char* end() const { return first_ + length_ - page_; }
   bool guards(const void* p) const { return p >= first_ && p < first_ + length_; }
-  void forbid() { mprotect(first_, length_, PROT_NONE); }
 
  private:
   char *first_, *data_;

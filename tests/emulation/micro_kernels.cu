@@ -18,14 +18,19 @@ __global__ void micro_reverse_kernel(MicroArgs a) {
   a.p_out[o_block + threadIdx.x] = p_shared[blockDim.x - 1 - threadIdx.x];
 }
 
-// out = sum, maximum, the value of lane 5 and that of the neighbour, of each warp.
+// out = sum, the value of lane 5 and that of the neighbour, of each warp.
 __global__ void micro_warp_kernel(MicroArgs a) {
   float v = a.p_in[threadIdx.x];
-  float results[4] = {warp_sum(v), warp_max(v), shuffle(v, 5), shuffle_xor(v, 1)};
-  for (int i = 0; i < 4; ++i) a.p_out[i * blockDim.x + threadIdx.x] = results[i];
+  float results[3] = {warp_sum(v), shuffle(v, 5), shuffle_xor(v, 1)};
+  for (int i = 0; i < 3; ++i) a.p_out[i * blockDim.x + threadIdx.x] = results[i];
 }
 
-// out [16, 8] = A [16, 16] B [16, 8] + 1, A and B [8 columns, 16] as 16-bit values in p_bits; by ldmatrix.
+template <class T>
+__device__ uint32_t pair_of(const T* p) {
+  return p[0].bits | static_cast<uint32_t>(p[1].bits) << 16;
+}
+
+// out [16, 8] = A [16, 16] B [16, 8] + 1, A and B [8 columns, 16] as 16-bit values in p_bits.
 template <class T>
 __global__ void micro_mma_kernel(MicroArgs a) {
   T* p_a = shared_memory<T>();
@@ -35,34 +40,13 @@ __global__ void micro_mma_kernel(MicroArgs a) {
   for (int i = lane; i < 16 * 16; i += 32) p_a[i] = p_bits[i];
   for (int i = lane; i < 8 * 16; i += 32) p_b[i] = p_bits[16 * 16 + i];
   __syncwarp();
+  int g = lane / 4, t = lane % 4;
   FragmentA b_a;
-  load_matrix_x4(b_a.r, p_a + lane % 16 * 16 + lane / 16 * 8);
-  uint32_t b_pair[4];
-  load_matrix_x4(b_pair, p_b + lane % 8 * 16 + lane / 8 % 2 * 8);
-  FragmentB b_b = {{b_pair[0], b_pair[1]}};
+  for (int i = 0; i < 4; ++i) b_a.r[i] = pair_of(p_a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8);
+  FragmentB b_b;
+  for (int i = 0; i < 2; ++i) b_b.r[i] = pair_of(p_b + g * 16 + 2 * t + i * 8);
   Accumulator sum = {{1.0f, 1.0f, 1.0f, 1.0f}};
   mma16816<T>(sum, b_a, b_b);
-  int g = lane / 4, t = lane % 4;
-  for (int i = 0; i < 4; ++i) a.p_out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum.r[i];
-}
-
-// The same product from A [16, 16] with its rows stored as columns, by the transposing load.
-__global__ void micro_mma_trans_kernel(MicroArgs a) {
-  bf16* p_at = shared_memory<bf16>();
-  const bf16* p_bits = static_cast<const bf16*>(a.p_bits);
-  int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
-  for (int i = lane; i < 16 * 16; i += 32) p_at[i % 16 * 16 + i / 16] = p_bits[i];
-  __syncwarp();
-  FragmentA b_a;
-  load_matrix_x4_trans(b_a.r, p_at + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8);
-  FragmentB b_b;
-  const bf16* p_b = p_bits + 16 * 16 + g * 16;
-  for (int i = 0; i < 2; ++i) {
-    uint32_t low = p_b[2 * t + 8 * i].bits, high = p_b[2 * t + 8 * i + 1].bits;
-    b_b.r[i] = low | high << 16;
-  }
-  Accumulator sum = {{1.0f, 1.0f, 1.0f, 1.0f}};
-  mma16816<bf16>(sum, b_a, b_b);
   for (int i = 0; i < 4; ++i) a.p_out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum.r[i];
 }
 
@@ -85,19 +69,6 @@ __global__ void micro_copy_kernel(MicroArgs a) {
 
 __global__ void micro_stream_kernel(MicroArgs a) {
   store16(a.p_out + 4 * threadIdx.x, load16_streaming(a.p_in + 4 * threadIdx.x));
-}
-
-// Each block of a cluster of 4 holds one number; every block adds up all of them, in order.
-__global__ void micro_cluster_kernel(MicroArgs a) {
-  float* p_shared = shared_memory<float>();
-  if (threadIdx.x == 0) *p_shared = a.p_in[blockIdx.x];
-  cluster_sync();
-  if (threadIdx.x == 0) {
-    float sum = 0.0f;
-    for (int rank = 0; rank < cluster_size(); ++rank) sum = 2.0f * sum + *map_shared(p_shared, rank);
-    a.p_out[blockIdx.x] = sum + 1000.0f * static_cast<float>(cluster_rank());
-  }
-  cluster_sync();
 }
 
 // The last block to arrive adds up what all left in scratch; p_flags[0] counts, p_flags[1] tells block 0 to go on.
@@ -137,8 +108,8 @@ __global__ void micro_outside_kernel(MicroArgs) {
   shared_memory<float>()[threadIdx.x + 1] = 1.0f;
 }
 __global__ void micro_deadlock_kernel(MicroArgs) {
-  if (threadIdx.x < 32) cluster_sync();
-  if (threadIdx.x >= 32) __syncthreads();
+  if (threadIdx.x <= 32) __syncthreads();
+  if (threadIdx.x > 32) __syncwarp();
 }
 __global__ void micro_polling_kernel(MicroArgs a) {
   while (load_acquire(a.p_flags) < 1000) {
@@ -159,38 +130,27 @@ __global__ void micro_in_flight_kernel(MicroArgs a) {
 __global__ void micro_misaligned_kernel(MicroArgs a) {
   store16(a.p_out, load16(a.p_in + 1));
 }
-__global__ void micro_left_kernel(MicroArgs a) {
-  float* p_shared = shared_memory<float>();
-  if (threadIdx.x == 0) *p_shared = a.p_in[blockIdx.x];
-  cluster_sync();
-  if (threadIdx.x == 0) a.p_out[blockIdx.x] = *map_shared(p_shared, cluster_size() - 1 - cluster_rank());
-}
-
 struct Entry {
   const char* name;
   void (*kernel)(MicroArgs);
   unsigned blocks, threads;
-  int cluster;
   size_t shared_bytes;
 };
 
 const Entry kEntries[] = {
-    {"reverse", micro_reverse_kernel, 3, kBlockThreads, 1, kBlockThreads * 4},
-    {"warp", micro_warp_kernel, 1, kBlockThreads, 1, 0},
-    {"mma_bf16", micro_mma_kernel<bf16>, 1, 32, 1, 24 * 16 * 2},
-    {"mma_half16", micro_mma_kernel<half16>, 1, 32, 1, 24 * 16 * 2},
-    {"mma_trans", micro_mma_trans_kernel, 1, 32, 1, 16 * 16 * 2},
-    {"copy", micro_copy_kernel, 1, kBlockThreads, 1, 8 * kBlockThreads * 4},
-    {"stream", micro_stream_kernel, 1, kBlockThreads, 1, 0},
-    {"cluster", micro_cluster_kernel, 8, 32, 4, 16},
-    {"flag", micro_flag_kernel, 6, 32, 1, 0},
-    {"outside", micro_outside_kernel, 2, kBlockThreads, 1, kBlockThreads * 4},
-    {"deadlock", micro_deadlock_kernel, 1, kBlockThreads, 1, 0},
-    {"polling", micro_polling_kernel, 1, 32, 1, 0},
-    {"divergent", micro_divergent_kernel, 1, 32, 1, 0},
-    {"in_flight", micro_in_flight_kernel, 1, 32, 1, 512},
-    {"misaligned", micro_misaligned_kernel, 1, 1, 1, 0},
-    {"left", micro_left_kernel, 8, 32, 4, 16},
+    {"reverse", micro_reverse_kernel, 3, kBlockThreads, kBlockThreads * 4},
+    {"warp", micro_warp_kernel, 1, kBlockThreads, 0},
+    {"mma_bf16", micro_mma_kernel<bf16>, 1, 32, 24 * 16 * 2},
+    {"mma_half16", micro_mma_kernel<half16>, 1, 32, 24 * 16 * 2},
+    {"copy", micro_copy_kernel, 1, kBlockThreads, 8 * kBlockThreads * 4},
+    {"stream", micro_stream_kernel, 1, kBlockThreads, 0},
+    {"flag", micro_flag_kernel, 6, 32, 0},
+    {"outside", micro_outside_kernel, 2, kBlockThreads, kBlockThreads * 4},
+    {"deadlock", micro_deadlock_kernel, 1, kBlockThreads, 0},
+    {"polling", micro_polling_kernel, 1, 32, 0},
+    {"divergent", micro_divergent_kernel, 1, 32, 0},
+    {"in_flight", micro_in_flight_kernel, 1, 32, 512},
+    {"misaligned", micro_misaligned_kernel, 1, 1, 0},
 };
 
 }  // namespace
@@ -210,7 +170,6 @@ int micro_launch(const char* name, const MicroArgs& args, void* stream) {
     if (std::string(name) != entry.name) continue;
     shape.grid = dim3(entry.blocks);
     shape.block = dim3(entry.threads);
-    shape.cluster = entry.cluster;
     shape.shared_bytes = entry.shared_bytes;
     return launch(shape, queue, entry.kernel, args);
   }

@@ -60,8 +60,7 @@ class Machine {
     grid.kernel = std::move(kernel);
     if (grids_.size() > 1) grid.previous = &*std::prev(grids_.end(), 2);
     grid.unreleased = grid.unfinished = volume(shape.grid);
-    size_t clusters = grid.unfinished / shape.cluster;
-    for (size_t i = clusters; i > 0; --i) grid.to_start.push_back(static_cast<unsigned>(i - 1));
+    for (size_t i = grid.unfinished; i > 0; --i) grid.to_start.push_back(static_cast<unsigned>(i - 1));
     if (order_ == Order::kReverse) std::reverse(grid.to_start.begin(), grid.to_start.end());
     if (order_ > Order::kReverse) std::shuffle(grid.to_start.begin(), grid.to_start.end(), random_);
     int count = static_cast<int>(grids_.size()) - 1;
@@ -222,16 +221,16 @@ class Machine {
     return true;
   }
 
-  // Starts blocks, whole clusters at a time, of every grid whose turn has come.
+  // Starts blocks of every grid whose turn has come.
   void admit() {
     for (Grid& grid : grids_) {
       if (grid.to_start.empty()) continue;
       if (!may_start(grid)) return;
-      size_t threads = volume(grid.shape.block) * grid.shape.cluster;
+      size_t threads = volume(grid.shape.block);
       while (!grid.to_start.empty() && (resident_ == 0 || resident_ + threads <= kResidentThreads)) {
-        unsigned cluster = grid.to_start.back();
+        unsigned number = grid.to_start.back();
         grid.to_start.pop_back();
-        start_cluster(grid, cluster);
+        start_block(grid, number);
       }
       if (!grid.to_start.empty()) return;
     }
@@ -245,24 +244,12 @@ class Machine {
     return true;
   }
 
-  void start_cluster(Grid& grid, unsigned number) {
-    auto cluster = std::make_shared<Cluster>();
-    unsigned width = static_cast<unsigned>(grid.shape.cluster);
-    for (unsigned rank = 0; rank < width; ++rank) {
-      blocks_.emplace_back();
-      Block& block = blocks_.back();
-      block.grid = &grid;
-      block.cluster = cluster;
-      block.rank = static_cast<int>(rank);
-      block.index = unflatten(size_t{number} * width + rank, grid.shape.grid);
-      cluster->blocks.push_back(&block);
-      start_block(block);
-      cluster->live += block.live;
-    }
-  }
-
-  void start_block(Block& block) {
-    const GridShape& shape = block.grid->shape;
+  void start_block(Grid& grid, unsigned number) {
+    const GridShape& shape = grid.shape;
+    blocks_.emplace_back();
+    Block& block = blocks_.back();
+    block.grid = &grid;
+    block.index = unflatten(number, shape.grid);
     block.live = static_cast<int>(volume(shape.block));
     block.shared = std::make_unique<Guarded>(shape.shared_bytes, 16);
     for (char* p = block.shared->data(); p < block.shared->end(); ++p) *p = static_cast<char>(0xff);  // NaN
@@ -320,10 +307,8 @@ class Machine {
     --resident_;
     --self.warp->live;
     --block.live;
-    --block.cluster->live;
     open_if_complete(self.warp->barrier, self.warp->live);
     open_if_complete(block.barrier, block.live);
-    open_if_complete(block.cluster->barrier, block.cluster->live);
     if (block.live == 0) exit_block(block);
   }
 
@@ -331,15 +316,12 @@ class Machine {
     Grid& grid = *block.grid;
     if (!block.released) --grid.unreleased;
     if (--grid.unfinished == 0) wake(grid.waiting);
-    if (block.cluster->blocks.size() > 1) block.shared->forbid();  // nobody may read it any more
-    if (block.cluster->live > 0) return;
-    for (Block* b : block.cluster->blocks)
-      for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
-        if (&*it == b) {
-          for (Thread& thread : it->threads) retire(thread);
-          ended_.splice(ended_.end(), blocks_, it);
-          break;
-        }
+    for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
+      if (&*it == &block) {
+        for (Thread& thread : it->threads) retire(thread);
+        ended_.splice(ended_.end(), blocks_, it);
+        break;
+      }
   }
 
   void retire(Thread& thread) {
@@ -348,13 +330,11 @@ class Machine {
   }
 
   Barrier& barrier_of(Thread& thread, Scope scope) {
-    if (scope == Scope::kWarp) return thread.warp->barrier;
-    return scope == Scope::kBlock ? thread.block->barrier : thread.block->cluster->barrier;
+    return scope == Scope::kWarp ? thread.warp->barrier : thread.block->barrier;
   }
 
   int live_of(const Thread& thread, Scope scope) {
-    if (scope == Scope::kWarp) return thread.warp->live;
-    return scope == Scope::kBlock ? thread.block->live : thread.block->cluster->live;
+    return scope == Scope::kWarp ? thread.warp->live : thread.block->live;
   }
 
   void open_if_complete(Barrier& barrier, int live) {
@@ -438,8 +418,7 @@ class Machine {
     for (Block& block : blocks_)
       if (block.shared->guards(p))
         return "outside the shared memory of block " + text(block.index) + " (at byte " +
-               std::to_string(p - block.shared->data()) + " of " + std::to_string(block.grid->shape.shared_bytes) +
-               (block.live ? ")" : "), which has left");
+               std::to_string(p - block.shared->data()) + " of " + std::to_string(block.grid->shape.shared_bytes) + ")";
     if (current_ && current_->stack->guards(p)) return "past the end of its stack";
     return "outside every array";
   }
@@ -502,8 +481,6 @@ void enqueue(const GridShape& shape, std::function<void()> kernel) {
   if (volume(shape.block) > 1024 || volume(shape.block) == 0) throw std::runtime_error("a block has 1 to 1024 threads");
   if (volume(shape.grid) == 0 || shape.grid.y > 65535 || shape.grid.z > 65535)
     throw std::runtime_error("the grid " + text(shape.grid) + " is empty or too large");
-  if (shape.cluster < 1 || shape.cluster > 16 || shape.grid.x % shape.cluster)
-    throw std::runtime_error("the grid is not a multiple of its clusters");
   machine.enqueue(shape, std::move(kernel));
 }
 
@@ -559,18 +536,4 @@ void fail(const std::string& what) {
 char* shared_base() {
   return machine.current().block->shared->data();
 }
-int cluster_rank() {
-  return machine.current().block->rank;
-}
-int cluster_size() {
-  return machine.current().block->grid->shape.cluster;
-}
-
-char* map_shared(char* p, int rank) {
-  Block& own = *machine.current().block;
-  if (rank < 0 || rank >= cluster_size()) fail("map_shared: rank " + std::to_string(rank) + " is not in the cluster");
-  if (!own.shared->guards(p)) fail("map_shared: the pointer is not into this block's shared memory");
-  return own.cluster->blocks[rank]->shared->data() + (p - own.shared->data());
-}
-
 }  // namespace inherit_kernels::emulation

@@ -20,7 +20,6 @@ namespace inherit_kernels::emulation {
 
 struct GridShape {
   dim3 grid, block;
-  int cluster;
   size_t shared_bytes;
   bool after_previous;
 };
@@ -36,7 +35,7 @@ void synchronize();
 size_t discard();
 
 // Called from kernels. `line` is where the word stands: lanes that meet at different lines diverged.
-enum class Scope { kWarp, kBlock, kCluster };
+enum class Scope { kWarp, kBlock };
 void barrier(Scope scope, const char* word, int line);
 // Every lane gives in_bytes (at most 64) and gets out_bytes of what `compute` makes of all 32 at the last arrival.
 using Compute = void (*)(const unsigned char (*in)[64], unsigned char (*out)[64], int argument);
@@ -47,9 +46,6 @@ void begin_copy(void* p_shared, const void* p_global, bool valid, Land land);
 void commit_copies();
 void wait_copies(int pending);
 char* shared_base();
-char* map_shared(char* p, int rank);
-int cluster_rank();
-int cluster_size();
 void wait_previous_grid(int line);
 void release_next_grid();
 void poll(int line);  // gives way: a polling loop must not keep the thread it waits for from running
@@ -60,6 +56,5 @@ void order_after(const void* flag);
 // Compute functions of the warp words, not instrumented.
 void compute_shuffle(const unsigned char (*in)[64], unsigned char (*out)[64], int lane_mask_is_xor);
 void compute_mma(const unsigned char (*in)[64], unsigned char (*out)[64], int is_bf16);
-void compute_matrix(const unsigned char (*in)[64], unsigned char (*out)[64], int transposed);
 
 }  // namespace inherit_kernels::emulation

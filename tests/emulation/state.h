@@ -1,4 +1,4 @@
-// What the scheduler keeps of grids, clusters, blocks, warps and threads.
+// What the scheduler keeps of grids, blocks, warps and threads.
 #pragma once
 
 #include <deque>
@@ -51,17 +51,9 @@ struct Thread {
   bool starved = false;
 };
 
-struct Cluster {
-  Barrier barrier;
-  std::vector<Block*> blocks;
-  int live = 0;
-};
-
 struct Block {
   Grid* grid;
-  std::shared_ptr<Cluster> cluster;
   dim3 index;
-  int rank = 0;
   std::unique_ptr<Guarded> shared;
   std::deque<Thread> threads;
   std::vector<Warp> warps;
@@ -74,7 +66,7 @@ struct Grid {
   GridShape shape;
   std::function<void()> kernel;
   Grid* previous = nullptr;
-  std::vector<unsigned> to_start;  // clusters, the next one last
+  std::vector<unsigned> to_start;  // blocks, the next one last
   size_t unreleased = 0, unfinished = 0;
   std::vector<Thread*> waiting;  // in wait_previous_grid() of the next grid
   int ordered = 0;               // grids before this one whose results its first instruction may use

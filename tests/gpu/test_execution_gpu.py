@@ -12,7 +12,7 @@ from gpu_support import backends, call, find, inputs_of, leaves_of, served, skip
 import inherit_kernels
 from benchmarks.gpu.device import open_device
 from inherit_kernels.registry import OPS
-from inherit_kernels.testing import Case
+from inherit_kernels.testing import Case, check_accuracy
 
 pytestmark = pytest.mark.gpu
 WIDE = 2**31
@@ -154,19 +154,9 @@ def test_on_a_device_that_is_not_the_current_one(op, backend, cuda):
 def test_compiled_in_one_graph_forward_and_backward(op, backend, device):
     torch._dynamo.reset()
     case = served(op, backend, torch.float32, device, training=True)[-1]
-    inputs = inputs_of(op, case, torch.float32, device)
     function = getattr(inherit_kernels, op)
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
-
-    def run(call):
-        leaves = leaves_of(inputs)
-        with inherit_kernels.use_backend(backend):
-            y = call(*leaves.values(), **case.options)
-        y.square().sum().backward()
-        return [y, *(value.grad for value in leaves.values() if value is not None)]
-
-    for actual, expected in zip(run(compiled), run(function), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    check_accuracy(op, case, backend, torch.float32, device=device, function=compiled)
 
 
 @pytest.mark.parametrize("op", OPS)

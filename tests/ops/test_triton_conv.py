@@ -43,8 +43,6 @@ def configs(
         "backward_dx": {"BM": 16, "BC": 16, "BK": 16},
         "backward_down": {"BM": 16, "BC": 16, "BR": 16, "PROGRAMS": programs},
         "backward_up": {"BM": 16, "BN": 16, "BR": 16, "PROGRAMS": programs},
-        "windows": {"BP": 16, "BC": 16, "PROGRAMS": programs},
-        "single_pass": {"BM": 16, "BN": 16, "BK": 16},
     }
     options = {"num_warps": 4, "num_stages": 2}
     found = {name: block | options for name, block in blocks.items()}
@@ -55,11 +53,9 @@ def configs(
 
 
 def check(op: str, case: Case, dtype: torch.dtype, layout: str, **splits: int) -> None:
-    """Accuracy of output and gradients with the smallest blocks, on poisoned memory; of every form."""
+    """Accuracy of output and gradients with the smallest blocks, on poisoned memory."""
     with forced_configs(configs(op, **splits)), poisoned_memory():
         check_accuracy(op, case, "triton", dtype, layout=layout)
-        if op == "gated_lowrank_conv2d" and (dtype != torch.float32 or case.shapes["down"][0] <= 128):
-            check_accuracy(op, case, "triton_gate_first", dtype, layout=layout, gradients=False)
 
 
 def case_of(
@@ -150,19 +146,6 @@ def test_the_shares_of_samples_and_channels_add_up(batch, channels):
 
 
 @interpreted
-def test_the_gate_ignores_what_no_window_visits():
-    case = gated_case("skipping", (2,), 3, (5, 4), 4, 3, 2, (1, 1), stride=(2, 3))
-    inputs = make_inputs("gated_lowrank_conv2d", case, torch.float32)
-    wanted = inherit_kernels.gated_lowrank_conv2d(*inputs.values(), **case.options)
-    visited = torch.zeros(5, 4, dtype=torch.bool)
-    visited[::2, ::3] = True
-    inputs["x"] = inputs["x"].where(visited, float("nan"))
-    with inherit_kernels.use_backend("triton_gate_first"):
-        y = inherit_kernels.gated_lowrank_conv2d(*inputs.values(), **case.options)
-    torch.testing.assert_close(y, wanted)
-
-
-@interpreted
 @pytest.mark.parametrize("op", OPS)
 def test_any_strides(op):
     """Every argument and the cotangent as a view with strides of its own, the expanded ones with strides of zero."""
@@ -239,8 +222,6 @@ def launches_of(op: str, kernel: str, bucket: dict[str, Any]) -> list:
         "backward_dx": "conv_bwd_dx_kernel",
         "backward_down": "conv_bwd_down_kernel",
         "backward_up": "conv_bwd_up_kernel",
-        "windows": "gated_lowrank_conv2d_windows_kernel",
-        "single_pass": "gated_lowrank_conv2d_single_pass_kernel",
     }
     wanted = {names[kernel]} | ({"conv_partials_kernel"} if bucket["config"].get("SPLIT_K", 1) > 1 else set())
     launches = record(op, case, dtype, {kernel: bucket["config"]})
@@ -277,7 +258,7 @@ def test_a_first_layer_fits_the_hardware(op, bits, rank, keep_resources):
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     case = case_of(op, (32,), 3, (224, 224), 64, rank, (7, 7), residual=True, stride=2, padding=3)
     launches = {launch.kernel.__name__: launch for launch in record(op, case, dtype, {})}
-    for name in [name for name in launches if "_fwd_" in name or "single_pass" in name or "windows" in name]:
+    for name in [name for name in launches if "_fwd_" in name]:
         for arch in (80, 90):
             found = compile_launch(launches[name], arch)
             keep_resources(found, bits=bits, BR=rank, M="3 channels")
@@ -312,13 +293,8 @@ def test_kernels_without_a_table_fit_the_hardware(bits, rank, heads, keep_resour
 
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     case = gated_case("untuned", (32,), 64, (28, 28), 128, rank, heads, (3, 3), residual=True, padding=1)
-    names = (
-        "conv_sum_partials",
-        *(f"gated_lowrank_conv2d_{n}" for n in ("features", "bwd_merge", "bwd_gate", "bwd_sum")),
-    )
+    names = ("conv_sum_partials", *(f"gated_lowrank_conv2d_bwd_{n}" for n in ("merge", "gate", "sum")))
     launches = {launch.kernel.__name__: launch for launch in record("gated_lowrank_conv2d", case, dtype, {})}
-    if bits == 32 and rank > 128:  # the form with the gate first declines
-        names = tuple(name for name in names if not name.endswith("features"))
     for name in names:
         for arch in (80, 90):
             found = compile_launch(launches[f"{name}_kernel"], arch)
@@ -341,12 +317,7 @@ def test_tables_and_tuning_spaces_name_the_same_keys(op):
     owner = {kernel: backend for backend in backends for kernel in backend.KERNELS}
     assert tuple(tables) == tuple(owner)
     for kernel, buckets in tables.items():
-        ranks = {bits: [16 << i for i in range(6)] for bits in (16, 32)}
-        if kernel == "single_pass":
-            ranks[32] = [16, 32, 64, 128]
-        if kernel == "windows":
-            ranks = {bits: [None] for bits in ranks}
-        assert {(b["bits"], b.get("BR")) for b in buckets} == {(bits, rank) for bits in ranks for rank in ranks[bits]}
+        assert {(b["bits"], b["BR"]) for b in buckets} == {(bits, 16 << i) for bits in (16, 32) for i in range(6)}
         for bits in (16, 32):
             for rank in (16, 128, 512):
                 space = owner[kernel].tuning_space(kernel, bits, rank)

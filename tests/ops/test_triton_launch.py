@@ -287,7 +287,7 @@ def _with_cache_clear(function):
     return function
 
 
-@pytest.mark.parametrize("kernel", ("single_pass", pytest.param("backward_up", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kernel", ("forward", pytest.param("backward_up", marks=pytest.mark.slow)))
 def test_the_fastest_configuration_becomes_the_bucket(kernel, monkeypatch):
     """Each candidate is really in force while it is timed; timing is by this stand-in, the kernels are interpreted."""
     if not triton_launch.interpreting():

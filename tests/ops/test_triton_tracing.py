@@ -1,6 +1,7 @@
 """What a compiler sees of an op on a GPU: its Triton kernels, traced here on fake CUDA tensors.
 
-Seen failing: the rule left unregistered, a kernel that writes into its input, the check for an export left out.
+Seen failing: the rule left unregistered, a kernel that writes into its input, the check for an export left out, rows counted
+by `torch.Size.numel`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import inherit_kernels
 from inherit_kernels.registry import OPS
@@ -93,6 +95,31 @@ def test_an_exported_program_keeps_the_operator(op):
         graph = trace(op, "triton", False)
     assert not kernels_in(graph)
     assert len(operators_in(graph)) == 1
+
+
+@pytest.mark.parametrize("backend", (None, "unfused", "triton"))
+@pytest.mark.parametrize("op", OPS)
+def test_one_compilation_serves_every_batch_from_two(op, backend, monkeypatch):
+    """`torch.Size.numel` makes a symbolic size a number: five compilations for five batches, on a GPU alone."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "nobody's")
+    case = next(case for case in cases_of(op) if case.name == ("three_by_three" if "conv" in op else "ragged"))
+    inputs = make_inputs(op, case, torch.bfloat16)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(inherit_kernels, op), fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv()), inherit_kernels.use_backend(backend):
+        fakes = {
+            name: None if value is None else torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            for name, value in inputs.items()
+        }
+        for rows in (11, 2, 4, 13):
+            for name in ("x", "residual"):
+                if fakes[name] is not None:
+                    fakes[name] = fakes[name].new_empty(rows, *fakes[name].shape[1:])
+            assert compiled(*fakes.values(), **case.options).shape[0] == rows
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("op", OPS)

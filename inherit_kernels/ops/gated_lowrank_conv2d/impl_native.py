@@ -1,56 +1,23 @@
-"""C++ kernels: `csrc/cpu/gated_lowrank_conv2d.cpp`, and `csrc/cuda/gated_lowrank_conv2d*.cu` for small maps on a GPU."""
+"""The C++ kernel for CPUs: `csrc/cpu/gated_lowrank_conv2d.cpp`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from inherit_kernels.common.activation import ACTIVATION_CODES
-from inherit_kernels.common.conv import Pair, in_format, memory_format_of
-from inherit_kernels.common.native import (
-    CPU_DTYPES,
-    CPU_PROOF,
-    CUDA_PROOF,
-    declines,
-    declines_on_cuda,
-    kernels,
-    only_needed,
-)
-from inherit_kernels.ops.gated_lowrank_conv2d import impl_unfused
+from inherit_kernels.common.conv import Pair
+from inherit_kernels.common.native import CPU_DTYPES, CPU_PROOF, declines, kernels, only_needed
 from inherit_kernels.registry import Problem
 
 checks_arguments = True
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
-SHARED_BYTES = 164 * 1024  # of compute capability 8.0; 8.6 and 8.9 have 100 KB, less than the tiles of any map
-SERVES = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}
-PROVEN = {"cpu": CPU_PROOF, "cuda": f"{CUDA_PROOF}; backward: the unfused one"}
+SERVES = {"cpu": CPU_DTYPES}
+PROVEN = {"cpu": CPU_PROOF}
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.device.type != "cuda":
-        return declines(problem)
-    sizes = problem.sizes
-    if not sizes:
-        return "the CUDA kernel is chosen by the size of the map, which is not known beforehand"
-    if not sizes["N"] or not sizes["C"]:
-        return "there is nothing to compute"
-    if sizes["P"] > 256 or sizes["R"] > 256 or sizes["H"] > 8 or sizes["R"] % 8 or sizes["C"] % 8:
-        return f"the CUDA kernel takes maps and ranks up to 256, up to 8 heads, channels and ranks by 8, not {sizes}"
-    sentence = declines_on_cuda(problem, CUDA_DTYPES)
-    if sentence is not None:
-        return sentence
-    if torch.cuda.get_device_properties(problem.device).shared_memory_per_multiprocessor < SHARED_BYTES:
-        return "the CUDA kernel takes a device with 164 KB of shared memory a multiprocessor"
-    if sizes["R"] > 128 and torch.cuda.get_device_capability(problem.device)[0] != 9:
-        return f"ranks above 128 take a device with clusters (compute capability 9), not {sizes['R']}"
-    return None
-
-
-def _channels_last(*images: Tensor | None) -> list[Tensor | None]:
-    """What the CUDA kernel reads, with the channels side by side."""
-    return [None if image is None else in_format(image, torch.channels_last) for image in images]
+    return declines(problem)
 
 
 def forward(
@@ -67,10 +34,6 @@ def forward(
     activation: str | None,
 ) -> Tensor:
     code = ACTIVATION_CODES[activation]
-    if x.is_cuda:
-        images, weights = _channels_last(x, down, residual), (up, gate_weight, gate_bias, bias)
-        y = kernels.gated_lowrank_conv2d(*images[:2], *weights, images[2], *stride, *padding, *dilation, code)
-        return in_format(y, memory_format_of(x))
     return kernels.gated_lowrank_conv2d(
         x, down, up, gate_weight, gate_bias, bias, residual, *stride, *padding, *dilation, code
     )
@@ -90,10 +53,6 @@ def forward_saving(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     code = ACTIVATION_CODES[activation]
-    if x.is_cuda:
-        images, weights = _channels_last(x, down, residual), (up, gate_weight, gate_bias, bias)
-        y, t = kernels.gated_lowrank_conv2d_saving(*images[:2], *weights, images[2], *stride, *padding, *dilation, code)
-        return in_format(y, memory_format_of(x)), in_format(t, memory_format_of(x))
     return kernels.gated_lowrank_conv2d_saving(
         x, down, up, gate_weight, gate_bias, bias, residual, *stride, *padding, *dilation, code
     )
@@ -114,9 +73,6 @@ def backward(
     activation: str | None,
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    if x.is_cuda:
-        arguments = x, down, up, gate_weight, gate_bias, bias, stride, padding, dilation, activation, needs
-        return impl_unfused.backward(dz, t, *arguments)
     weights = down, up, gate_weight, gate_bias, bias
     gradients = kernels.gated_lowrank_conv2d_backward(dz, x, t, *weights, *stride, *padding, *dilation, *needs)
     return only_needed(gradients, needs)

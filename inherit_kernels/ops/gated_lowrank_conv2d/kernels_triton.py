@@ -1,5 +1,4 @@
-"""The kernels of `gated_lowrank_conv2d`: the forward in two, or in three with the gate first; what its backward needs
-beside `common/triton_conv.py`."""
+"""The kernels of `gated_lowrank_conv2d`: the forward in two; what its backward needs beside `common/triton_conv.py`."""
 
 from __future__ import annotations
 
@@ -128,104 +127,6 @@ def gated_lowrank_conv2d_fwd_kernel(
         p_ts = p_t + b * s_tb + o_p.to(tl.int64)[:, None] * s_tp + o_r.to(tl.int64)[None, :] * s_tr
         b_t = tl.load(p_ts, mask=(o_p < P)[:, None] & (o_r < R)[None, :], other=0.0)  # [BM, BR]
         b_z = tl.dot(b_t, b_up, input_precision=PRECISION) + b_bias[None, :]
-        store_outputs(
-            b_z, p_residual, p_y, b, o_p, o_n, P, N, s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, ACTIVATION, HAS_RESIDUAL
-        )
-
-
-# --- forward, gate first -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def gated_lowrank_conv2d_windows_kernel(
-    p_x, p_sums, C, Hi, Wi, Ho, Wo, s_h, s_w, pad_h, pad_w, dil_h, dil_w, s_xb, s_xc, s_xh, s_xw, c_tiles, splits, share,
-    KH: tl.constexpr, KW: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums of x over the positions that each tap visits, `[B, splits, taps, C]`; a split takes `share` tiles of BP.
-
-    A product with the matrix of ones where a tap visits a position. x is read once, unvisited positions never.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    o_c = (pid % c_tiles) * BC + tl.arange(0, BC)
-    part = pid // c_tiles
-    b = part // splits
-    m_c = o_c < C
-    o_tap = tl.arange(0, BT)
-    o_top = ((o_tap // KW) * dil_h - pad_h)[:, None]
-    o_left = ((o_tap % KW) * dil_w - pad_w)[:, None]
-    m_tap = (o_tap < KH * KW)[:, None]
-    # A tap visits positions whose remainders by the strides are its own: divisions of rows and columns, not of pairs.
-    top_rest, left_rest = (o_top % s_h + s_h) % s_h, (o_left % s_w + s_w) % s_w
-    count = tl.cast(Hi, tl.int64) * Wi
-    begin = (part - b * splits) * share
-    b_sums = tl.zeros((BT, BC), tl.float32)
-    for tile in range(begin, tl.minimum(begin + share, tl.cdiv(count, BP))):
-        o_p = tile * BP + tl.arange(0, BP)
-        o_y = o_p // Wi
-        o_x = o_p - o_y * Wi
-        y = o_y.to(tl.int32)[None, :] - o_top  # of the window's first tap, [BT, BP]
-        x = o_x.to(tl.int32)[None, :] - o_left
-        m_visit = m_tap & (o_p < count)[None, :] & (y >= 0) & (y < Ho * s_h) & (x >= 0) & (x < Wo * s_w)
-        m_visit &= (o_y.to(tl.int32) % s_h)[None, :] == top_rest
-        m_visit &= (o_x.to(tl.int32) % s_w)[None, :] == left_rest
-        b_visit = tl.where(m_visit, 1.0, 0.0)
-        m_p = tl.max(b_visit, 0) > 0
-        p_xs = p_x + (b * s_xb + o_y * s_xh + o_x * s_xw)[:, None] + o_c[None, :] * s_xc
-        b_x = tl.load(p_xs, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [BP, BC]
-        b_sums = tl.dot(b_visit.to(b_x.dtype), b_x, b_sums, input_precision=PRECISION)
-    o_rows = part * (KH * KW) + o_tap
-    tl.store(p_sums + o_rows[:, None] * C + o_c[None, :], b_sums, mask=m_tap & m_c[None, :])
-
-
-@triton.jit
-def gated_lowrank_conv2d_features_kernel(
-    p_windows, p_down, p_sums, K, R, splits, s_dr, s_dk, rank_tiles, BR: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """Sums of t over one sample `[B, R]` = down·(the sums of x over the windows of its taps)."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // rank_tiles
-    o_r = (pid - b * rank_tiles) * BR + tl.arange(0, BR)
-    o_k = tl.arange(0, BK)
-    m_r = o_r < R
-    b_products = tl.zeros((BR, BK), tl.float32)
-    for k in range(0, K, BK):
-        m_k = o_k < K - k
-        b_windows = tl.zeros((BK,), tl.float32)
-        for split in range(splits):
-            b_windows += tl.load(p_windows + (b * splits + split) * K + k + o_k, mask=m_k, other=0.0)
-        p_downs = p_down + o_r[:, None] * s_dr + (k + o_k).to(tl.int64)[None, :] * s_dk
-        b_down = tl.load(p_downs, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
-        b_products += b_down.to(tl.float32) * b_windows[None, :]
-    tl.store(p_sums + b * R + o_r, tl.sum(b_products, 1), mask=m_r)
-
-
-@triton.jit
-def gated_lowrank_conv2d_single_pass_kernel(
-    p_x, p_down, p_sums, p_up, p_gate_weight, p_gate_bias, p_bias, p_residual, p_y,
-    P, Wo, R, C, N, H, Hi, Wi, s_h, s_w, pad_h, pad_w, dil_h, dil_w,
-    s_xb, s_xc, s_xh, s_xw, s_dr, s_dk, s_uh, s_un, s_ur, s_gh, s_gr, s_gb, s_bh, s_bn,
-    s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, tiles,
-    ACTIVATION: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BH: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BM positions of one sample whose sums of t `[B, R]` are known: t stays on chip, up is merged as it is read."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // tiles
-    o_p = (pid - b * tiles).to(tl.int32) * BM + tl.arange(0, BM)
-    o_rows, o_y, o_x = window_rows(b, o_p, Wo, s_h, s_w, pad_h, pad_w, s_xb, s_xh, s_xw)
-    b_t = conv_tile(
-        p_x, o_rows, o_y, o_x, o_p < P, p_down, R, C, Hi, Wi, s_xc, s_xh, s_xw, s_dr, s_dk, dil_h, dil_w,
-        0, conv_steps(C, KH, KW, BK, FEW), KH, KW, BM, BR, BK, FEW, PRECISION,
-    )  # fmt: skip
-    b_t = b_t.to(p_x.dtype.element_ty)
-    b_g = gate_of_sample(p_sums, p_gate_weight, p_gate_bias, b, 1, P, R, H, s_gh, s_gr, s_gb, HAS_GATE_BIAS, BH, 1, 32)
-    for n in range(0, N, BN):
-        o_n = n + tl.arange(0, BN).to(tl.int64)
-        b_up, b_bias = merged_up(
-            p_up, p_bias, b_g, o_n, R, N, H, s_uh, s_un, s_ur, s_bh, s_bn, HAS_BIAS, BN, BR, BH
-        )  # fmt: skip
-        b_z = tl.dot(b_t, tl.trans(b_up.to(b_t.dtype)), input_precision=PRECISION) + b_bias[None, :]
         store_outputs(
             b_z, p_residual, p_y, b, o_p, o_n, P, N, s_rb, s_rn, s_rp, s_yb, s_yn, s_yp, ACTIVATION, HAS_RESIDUAL
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from inherit_kernels import autograd
 from inherit_kernels.common.checks import check_activation, check_conv, check_shape, check_tensors
 from inherit_kernels.common.conv import Pair, conv_fake, conv_sizes, normalise_conv, output_size
-from inherit_kernels.ops.gated_lowrank_conv2d import impl_native, impl_triton, impl_triton_gate_first, impl_unfused
+from inherit_kernels.ops.gated_lowrank_conv2d import impl_native, impl_triton, impl_unfused
 from inherit_kernels.ops.gated_lowrank_conv2d.reference import gated_lowrank_conv2d_reference
 from inherit_kernels.packing import Packed, call_packed
 from inherit_kernels.registry import OpSpec, ReferenceBackend
@@ -158,7 +158,6 @@ SPEC = autograd.register_op(
             "native": impl_native,
             "unfused": impl_unfused,
             "triton": impl_triton,
-            "triton_gate_first": impl_triton_gate_first,
             "reference": ReferenceBackend("reference", gated_lowrank_conv2d_reference, fake),
         },
         default_options=((1, 1), (0, 0), (1, 1), None),

@@ -1,4 +1,4 @@
-"""C++ kernels: `csrc/cpu/gated_lowrank_linear.cpp`, and for up to 2,048 rows on a GPU `csrc/cuda/gated_lowrank_linear*.cu`."""
+"""C++ kernels: `csrc/cpu/gated_lowrank_linear.cpp`, and for up to 16 rows on a GPU `csrc/cuda/gated_lowrank_linear.cu`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from inherit_kernels import autograd
@@ -93,7 +95,7 @@ def fake(x: Tensor, down: Tensor, up: Tensor, *_: object) -> tuple[Tensor, Tenso
 
 def sizes(x: Tensor, down: Tensor, up: Tensor, *_: object) -> dict[str, int]:
     """M, K, N, R, H of a call."""
-    return {"M": x.shape[:-1].numel(), "K": x.shape[-1], "N": up.shape[1], "R": down.shape[0], "H": up.shape[0]}
+    return {"M": math.prod(x.shape[:-1]), "K": x.shape[-1], "N": up.shape[1], "R": down.shape[0], "H": up.shape[0]}
 
 
 def flops(sizes: dict[str, int]) -> int:

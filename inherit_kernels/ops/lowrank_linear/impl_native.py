@@ -1,4 +1,4 @@
-"""C++ kernels: `csrc/cpu/lowrank_linear.cpp`, and for up to 2,048 rows on a GPU `csrc/cuda/lowrank_linear*.cu`."""
+"""C++ kernels: `csrc/cpu/lowrank_linear.cpp`, and for up to 16 rows on a GPU `csrc/cuda/lowrank_linear.cu`."""
 
 from __future__ import annotations
 

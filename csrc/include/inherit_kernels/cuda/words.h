@@ -51,7 +51,6 @@ namespace cuda {
 // kernel must then call wait_previous_grid() before it touches that kernel's results.
 struct Shape {
   dim3 grid, block;
-  int cluster = 1;  // blocks along x
   size_t shared_bytes = 0;
   bool after_previous = false;
 };
@@ -115,21 +114,6 @@ INHERIT_KERNELS_MMA(bf16, "bf16")
 INHERIT_KERNELS_MMA(half16, "f16")
 #undef INHERIT_KERNELS_MMA
 
-// ldmatrix: matrix i of 8 x 8 16-bit elements has its rows at the addresses of lanes 8i ... 8i + 7; lane 4 g + t gets
-// elements 2t, 2t + 1 of row g, or rows 2t, 2t + 1 of column g for the transposed form.
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* p_shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p_shared_row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const void* p_shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p_shared_row))
-               : "memory");
-}
-
 // 16 bytes to shared memory in the background, zeros when !valid (the source is then not read).
 __device__ __forceinline__ void copy16_async(void* p_shared, const void* p_global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(p_shared)),
@@ -181,30 +165,8 @@ __device__ __forceinline__ int add_release(int* p, int v) {
   return before;
 }
 
-// sm_90 words. Below, a cluster is one block and grids never overlap.
+// sm_90 words. Below, grids never overlap.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ __forceinline__ int cluster_rank() {
-  int v;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
-  return v;
-}
-__device__ __forceinline__ int cluster_size() {
-  int v;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
-  return v;
-}
-// All threads of the cluster; shared-memory writes before it are seen by every block after it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Where p, in this block's shared memory, lies in that of another block of the cluster.
-template <class T>
-__device__ __forceinline__ T* map_shared(T* p, int rank) {
-  uint64_t mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
-  return reinterpret_cast<T*>(mapped);
-}
 __device__ __forceinline__ void wait_previous_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
@@ -212,19 +174,6 @@ __device__ __forceinline__ void release_next_grid() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 #else
-__device__ __forceinline__ int cluster_rank() {
-  return 0;
-}
-__device__ __forceinline__ int cluster_size() {
-  return 1;
-}
-__device__ __forceinline__ void cluster_sync() {
-  __syncthreads();
-}
-template <class T>
-__device__ __forceinline__ T* map_shared(T* p, int) {
-  return p;
-}
 __device__ __forceinline__ void wait_previous_grid() {}
 __device__ __forceinline__ void release_next_grid() {}
 #endif
@@ -234,32 +183,25 @@ __device__ __forceinline__ void release_next_grid() {}
 template <class Args>
 cudaError_t launch(const Shape& shape, cudaStream_t stream, void (*kernel)(Args), const Args& args) {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute overlap = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
+  config.attrs = &overlap;
   if (shape.shared_bytes > 48 * 1024) {
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
-  }
-  if (shape.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    if (shape.cluster > 8) {
-      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      if (error != cudaSuccess) return error;
-    }
   }
   if (shape.after_previous) {
     cudaFuncAttributes compiled;
     cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
     if (error != cudaSuccess) return error;
     if (compiled.ptxVersion >= 90) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+      config.numAttrs = 1;
     }
   }
   return cudaLaunchKernelEx(&config, kernel, args);
@@ -275,11 +217,6 @@ namespace cuda {
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
-  return v;
-}
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, shuffle_xor(v, mask));
   return v;
 }
 
