@@ -26,8 +26,7 @@ inline void* current_stream(int32_t device) {
 
 // The device of x made current while this lives, and its stream.
 struct Context {
-  explicit Context(const Tensor& x)
-      : index(x.get_device()), guard(index), stream(current_stream(index)) {}
+  explicit Context(const Tensor& x) : index(x.get_device()), guard(index), stream(current_stream(index)) {}
   int32_t index;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
