@@ -74,6 +74,18 @@ STABLE_TORCH_LIBRARY(inherit_kernels_C, m) {
       " bool need_bias) -> (Tensor dx, Tensor d_down, Tensor d_up, Tensor d_gate_weight, Tensor d_gate_bias,"
       " Tensor d_bias)");
 
+  // On a GPU: [g_1 t ... g_H t], then, if there are more columns, g and zeros; t [M, R], gate_weight [H, R] -> [M,
+  // columns]
+  m.def("scale_by_gate(Tensor t, Tensor gate_weight, Tensor? gate_bias, int columns) -> Tensor");
+
+  // By cuBLASLt, on a GPU; the last value is whether it has an algorithm, else nothing was computed. x [M, R],
+  // weight [N, R], bias [N], residual and y [M, N]: y = act(x weight^T + bias + residual), act none, relu or gelu_tanh
+  m.def(
+      "linear_with_epilogue(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool tf32)"
+      " -> (Tensor y, bool found)");
+  // dz [M, N], t [M, R]: dz^T t [N, R], and the sums of dz over M [N]
+  m.def("weight_gradient_with_sums(Tensor dz, Tensor t, bool tf32) -> (Tensor d_up, Tensor d_bias, bool found)");
+
   // A weight [J, D] as panels for the active instruction set, in its dtype, a bias [J] as one more depth. The weights
   // of heads [H, J, D] lie side by side as [J, H * D], their biases [H, J] after them.
   m.def("pack_panels(Tensor weight, Tensor? bias=None) -> Tensor");

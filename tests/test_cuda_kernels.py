@@ -271,6 +271,40 @@ def test_a_read_past_an_array_is_caught(decode):
     del kept
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows, rank, heads, more, pad, aligned",
+    [
+        (11, 64, 4, 4, 0, True),
+        (1, 8, 1, 0, 8, True),
+        (9, 264, 3, 5, 8, True),
+        (3, 7, 2, 6, 1, True),
+        (2, 16, 8, 48, 0, False),
+    ],
+)
+def test_scaling_by_the_gate(decode, rows, rank, heads, more, pad, aligned, dtype):
+    """[g_1 t … g_H t], then the gates and zeros; rows apart and unaligned, and one of NaN that spoils no other."""
+    random = np.random.default_rng(rank)
+    bits = [to_bits(random.standard_normal(shape), dtype) for shape in ((rows, rank), (heads, rank), (heads,))]
+    t, weight, bias = (torch.from_numpy(from_bits(value, dtype)) for value in bits)
+    padded = np.pad(bits[0], ((0, 0), (0, pad)), constant_values=to_bits(np.float32([np.nan]), dtype)[0])
+    given = [Array.of(decode, value, aligned) for value in (padded, *bits[1:])]
+    columns = heads * rank + more
+    out = Array(decode, (rows, columns), np.float32 if dtype == "float32" else np.uint16, aligned)
+    call = dict(zip(("t", "gate_weight", "gate_bias"), (array.address for array in given), strict=True))
+    call |= {"out": out.address, "rows": rows, "rank": rank, "heads": heads, "columns": columns, "ld_t": rank + pad}
+    decode.configure(rows, True)
+    assert decode.scale_by_gate(call | {"dtype": CODES[dtype]}) == 0
+    decode.synchronize()
+    gates = torch.softmax(t @ weight.T + bias, -1)
+    expected = torch.cat([(gates[:, :, None] * t[:, None]).flatten(1), gates, t.new_zeros(rows, more)], 1)[:, :columns]
+    found = torch.from_numpy(from_bits(out.read(), dtype))
+    epsilon = torch.finfo(DTYPES[dtype]).eps
+    assert bool(((found - expected).abs() <= epsilon * expected.abs() + 16 * torch.finfo(torch.float32).eps).all())
+    for change in ({"columns": columns - heads * rank + 1}, {"heads": 9}, {"rank": 0}):
+        assert decode.scale_by_gate(call | {"dtype": CODES[dtype]} | change) != 0
+
+
 SANITIZED = """
 from test_cuda_kernels import Layer, check
 for layer, dtype in [(Layer(9, 520, 16, 35), "bfloat16"), (Layer(3, 65, 17, 33, heads=3), "float32")]:
@@ -343,7 +377,7 @@ def resources(nvcc: str, source: str) -> list[tuple[str, int, int, int]]:
 
 
 @pytest.mark.parametrize(
-    "source, kernels", [("lowrank_linear.cu", 12), pytest.param("gated_lowrank_linear.cu", 12, marks=pytest.mark.slow)]
+    "source, kernels", [("lowrank_linear.cu", 12), pytest.param("gated_lowrank_linear.cu", 18, marks=pytest.mark.slow)]
 )
 def test_no_kernel_spills_and_two_blocks_fit_an_sm(source, kernels):
     report = resources(nvcc_or_skip(), source)

@@ -37,6 +37,18 @@ def scale_by_gate(t: Tensor, g: Tensor) -> Tensor:
     return (g.unsqueeze(-1) * t.unsqueeze(-2)).flatten(-2)
 
 
-def side_by_side(up: Tensor) -> Tensor:
-    """[up_1 … up_H] `[N, H·R]` from up `[H, N, R]`."""
-    return up.permute(1, 0, 2).flatten(1)
+def side_by_side(up: Tensor, bias: Tensor | None = None, multiple: int = 1) -> Tensor:
+    """[up_1 … up_H biasᵀ 0] `[N, D]` from up `[H, N, R]` and bias `[H, N]`; D is H·R, and H for a bias, in `multiple`s."""
+    heads, outputs, rank = up.shape
+    biases = [] if bias is None else [bias.t()]
+    more = -heads * (rank + len(biases)) % multiple
+    if not biases and not more:
+        return up.permute(1, 0, 2).flatten(1)
+    return torch.cat([*up.unbind(0), *biases, up.new_zeros(outputs, more)], 1)
+
+
+def scaled_rows(t: Tensor, g: Tensor, columns: int) -> Tensor:
+    """What multiplies `side_by_side`: [g_1 t … g_H t], then g and zeros where there are more columns than H·R."""
+    scaled = scale_by_gate(t, g)
+    more = columns - scaled.shape[-1]
+    return scaled if more == 0 else torch.cat([scaled, torch.nn.functional.pad(g, (0, more - g.shape[-1]))], -1)

@@ -43,6 +43,22 @@ PYBIND11_MODULE(EMULATION_MODULE, m) {
   m.def("lowrank_linear", [](const py::dict& d) { return lowrank_linear_decode(call_of(d), nullptr); });
   m.def("gated_lowrank_linear", [](const py::dict& d) { return gated_lowrank_linear_decode(call_of(d), nullptr); });
   m.def("lowrank_linear_workspace", [](const py::dict& d) { return lowrank_linear_decode_workspace(call_of(d)); });
+  m.def("scale_by_gate", [](const py::dict& d) {
+    auto pointer = [&](const char* name) { return reinterpret_cast<void*>(d[name].cast<uintptr_t>()); };
+    auto size = [&](const char* name) { return d[name].cast<int64_t>(); };
+    ScaleByGateCall c = {};
+    c.t = pointer("t");
+    c.gate_weight = pointer("gate_weight");
+    c.gate_bias = pointer("gate_bias");
+    c.out = pointer("out");
+    c.rows = size("rows");
+    c.rank = size("rank");
+    c.heads = size("heads");
+    c.columns = size("columns");
+    c.ld_t = size("ld_t");
+    c.dtype = static_cast<int>(size("dtype"));
+    return gated_lowrank_linear_scale(c, nullptr);
+  });
   m.def("gated_lowrank_linear_workspace",
         [](const py::dict& d) { return gated_lowrank_linear_decode_workspace(call_of(d)); });
 }

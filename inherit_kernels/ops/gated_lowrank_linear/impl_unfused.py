@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inherit_kernels.common.activation import activate
-from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, side_by_side, softmax_backward
+from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, scaled_rows, side_by_side, softmax_backward
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
@@ -39,11 +39,9 @@ def forward_saving(
 ) -> tuple[Tensor, Tensor]:
     t = F.linear(x, down)
     g = gate_of(t, gate_weight, gate_bias)
-    scaled, weight = scale_by_gate(t, g), side_by_side(up)
-    if bias is None:
-        z = F.linear(scaled, weight)
-    else:  # the bias mix as H more columns of the same product
-        z = F.linear(torch.cat([scaled, g], -1), torch.cat([weight, bias.t()], -1))
+    # The bias mix is H more columns of the same product. A GPU wants their number in eights: impl_blas.py.
+    weight = side_by_side(up, bias, multiple=8 if x.is_cuda else 1)
+    z = F.linear(scaled_rows(t, g, weight.shape[1]), weight)
     return activate(z if residual is None else z + residual, activation), t
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from inherit_kernels import autograd
 from inherit_kernels.common.checks import check_activation, check_conv, check_shape, check_tensors
 from inherit_kernels.common.conv import Pair, conv_fake, conv_sizes, normalise_conv, output_size
-from inherit_kernels.ops.lowrank_conv2d import impl_native, impl_triton, impl_unfused
+from inherit_kernels.ops.lowrank_conv2d import impl_blas, impl_native, impl_triton, impl_unfused
 from inherit_kernels.ops.lowrank_conv2d.reference import lowrank_conv2d_reference
 from inherit_kernels.packing import Packed, call_packed
 from inherit_kernels.registry import OpSpec, ReferenceBackend
@@ -134,6 +134,7 @@ SPEC = autograd.register_op(
         backends={
             "native": impl_native,
             "unfused": impl_unfused,
+            "blas": impl_blas,
             "triton": impl_triton,
             "reference": ReferenceBackend("reference", lowrank_conv2d_reference, fake),
         },

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inherit_kernels import autograd
 from inherit_kernels.common.checks import check_activation, check_rank, check_shape, check_tensors
-from inherit_kernels.ops.lowrank_linear import impl_native, impl_triton, impl_unfused
+from inherit_kernels.ops.lowrank_linear import impl_blas, impl_native, impl_triton, impl_unfused
 from inherit_kernels.ops.lowrank_linear.reference import lowrank_linear_reference
 from inherit_kernels.packing import Packed, call_packed
 from inherit_kernels.registry import OpSpec, ReferenceBackend
@@ -95,6 +95,7 @@ SPEC = autograd.register_op(
         flops=flops,
         backends={
             "unfused": impl_unfused,
+            "blas": impl_blas,
             "triton": impl_triton,
             "native": impl_native,
             "reference": ReferenceBackend("reference", lowrank_linear_reference, fake),

@@ -11,5 +11,19 @@ size_t gated_lowrank_linear_decode_workspace(const LinearCall& call);
 // The value of a cudaError_t. `stream` is a cudaStream_t of the current device.
 int gated_lowrank_linear_decode(const LinearCall& call, void* stream);
 
+constexpr int kMostScaleHeads = 8;
+
+// out = [g_1 t ... g_H t g 0 ...], g = softmax(t gate_weight^T + gate_bias) per row; columns is heads * rank, or at
+// least heads more.
+struct ScaleByGateCall {
+  const void* t;            // [rows, rank], rows ld_t elements apart
+  const void* gate_weight;  // [heads, rank]
+  const void* gate_bias;    // [heads], optional
+  void* out;                // [rows, columns]
+  int64_t rows, rank, heads, columns, ld_t;
+  int dtype;
+};
+int gated_lowrank_linear_scale(const ScaleByGateCall& call, void* stream);
+
 }  // namespace cuda
 }  // namespace inherit_kernels
