@@ -22,7 +22,7 @@ from inherit_kernels.common.activation import activate_outside
 from inherit_kernels.common.checks import check_shape, check_tensors
 from inherit_kernels.common.conv import in_format, memory_format_of
 from inherit_kernels.common.triton_launch import tracing
-from inherit_kernels.dispatch import _forced, forced_backend, remember, select, select_traced
+from inherit_kernels.dispatch import _forced, forced_backend, place_of, remember, select, select_traced
 from inherit_kernels.registry import OPS, Backend, OpSpec, differentiate
 
 LIBRARY = torch.library.Library("inherit_kernels", "DEF")
@@ -53,7 +53,8 @@ def call(spec: OpSpec, args: tuple[Any, ...]) -> Tensor:
         if _grad_enabled() and needs_gradient(args[: spec.tensor_count]):
             return _call_differentiably(spec, *spec.split(args))
         # The steady state: one look-up, then the implementation itself. Every name and frame here was measured.
-        key = (x.dtype, x.is_cpu or x.device, x.shape, args[2].shape, args[spec.option_slice], _forced_now())
+        place = x.is_cpu or place_of(x, args[spec.tensor_count - 1])
+        key = (x.dtype, place, x.shape, args[2].shape, args[spec.option_slice], _forced_now())
         try:
             forward = spec.forwards[key]
         except KeyError:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from inherit_kernels import _native
+from inherit_kernels.common.conv import memory_format_of
+from inherit_kernels.common.costs import blended, rates_of
 from inherit_kernels.common.tables import read_table
 from inherit_kernels.common.triton_launch import hint
 from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
@@ -73,7 +75,7 @@ def select(
         ValueError: the forced backend does not exist for this op or declines; the message is its sentence.
     """
     x = tensors[0]
-    key = (x.dtype, x.device, x.shape, tensors[2].shape, options, training, forced)
+    key = (x.dtype, x.is_cpu or place_of(x, tensors[-1]), x.shape, tensors[2].shape, options, training, forced)
     choice = spec.choices.get(key)
     if choice is None:
         name = decide(spec, problem_of(spec, tensors, options, training), forced)
@@ -92,6 +94,11 @@ def select_traced(
     return spec.triton_backends.get(decide(spec, hinted, forced))
 
 
+def place_of(x: Any, residual: Any) -> Any:
+    """What a choice depends on beside sizes where x is not on the CPU: device, residual, layout."""
+    return x.device, residual is None, x.stride()
+
+
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
     """Put a choice into a cache of bounded size; returns it."""
     if len(cache) >= CHOICES_KEPT:
@@ -102,8 +109,10 @@ def remember(cache: dict[Any, Any], key: Any, value: Any) -> Any:
 
 def problem_of(spec: OpSpec, tensors: Sequence[Any], options: tuple[Any, ...], training: bool) -> Problem:
     """The description of a call that backends and tables decide from."""
-    x = tensors[0]
-    return Problem(spec.name, x.dtype, x.device, spec.sizes(*tensors, *options), options, training)
+    x, *_, residual = tensors
+    channels_last = x.dim() == 4 and memory_format_of(x) == torch.channels_last
+    sizes = spec.sizes(*tensors, *options)
+    return Problem(spec.name, x.dtype, x.device, sizes, options, training, residual is not None, channels_last)
 
 
 def decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
@@ -122,8 +131,23 @@ def decide(spec: OpSpec, problem: Problem, forced: str | None) -> str:
     candidates = [
         name for name, backend in spec.backends.items() if not (backend.supports(problem) or doubt(backend, problem))
     ]
+    return choose(spec, problem, candidates)[0]
+
+
+def choose(spec: OpSpec, problem: Problem, candidates: Sequence[str]) -> tuple[str, str]:
+    """The candidate that should be fastest, and why."""
+    slug = device_slug(problem.device)
+    times = predicted(spec, problem, candidates)
+    if times:
+        rounded = {name: round(time, 1) for name, time in times.items()}
+        return min(times, key=times.__getitem__), f"least of the µs predicted for {slug}: {rounded}"
+    name, entry = measured_choice(problem, candidates)
+    if name and entry:
+        return name, f"fastest of the nearest measured bucket {entry['sizes']} on {slug}: {entry['microseconds']} µs"
     unmeasured = "unfused" if problem.device.type == "cuda" else candidates[0]
-    return measured_choice(problem, candidates)[0] or unmeasured
+    return unmeasured, (
+        f"nothing was measured for {problem.dtype} on {slug}; measure with `python -m inherit_kernels.tune {problem.op}`"
+    )
 
 
 def doubt(backend: Backend, problem: Problem) -> str | None:
@@ -154,17 +178,84 @@ def _table(op: str, slug: str) -> list[dict[str, Any]]:
     return read_table(table_path(op, slug), "entries") or []
 
 
+NEAREST = 3  # measurements that a prediction is blended from
+REFERENCE_GPU = "nvidia-h200"  # its measurements say what other devices without any reach of a model
+
+
+def predicted(spec: OpSpec, problem: Problem, candidates: Sequence[str]) -> dict[str, float]:
+    """µs of a forward on a GPU for each candidate with an estimate: a model times what the nearest measurements say of it.
+
+    Empty where nothing comparable was measured: for training, for a dtype without measurements.
+    """
+    entries = _comparable(problem)
+    if problem.device.type != "cuda" or problem.training or not entries or not problem.sizes:
+        return {}
+    slug = device_slug(problem.device)
+    here, there = (
+        _rates(problem.device, slug),
+        _rates(problem.device, slug if _table(problem.op, slug) else REFERENCE_GPU),
+    )
+    times = {}
+    for name in candidates:
+        estimate = getattr(spec.backends[name], "estimate", None)
+        if estimate is None:
+            continue
+        ratios = [
+            (_apart(problem, known), entry["microseconds"][name] / estimate(known, there))
+            for known, entry in entries
+            if name in entry["microseconds"]
+        ]
+        times[name] = estimate(problem, here) * (blended(sorted(ratios)[:NEAREST]) if ratios else 1.0)
+    return times
+
+
+_rates = cache(rates_of)
+
+
+def _comparable(problem: Problem) -> list[tuple[Problem, dict[str, Any]]]:
+    """The measured entries of the problem's op, dtype and mode, each with the problem that was timed."""
+    slug = device_slug(problem.device)
+    table = _table(problem.op, slug) or (_table(problem.op, REFERENCE_GPU) if problem.device.type == "cuda" else [])
+    return [
+        (
+            replace(
+                problem,
+                sizes=entry["sizes"],
+                options=(entry.get("activation"),),
+                residual=entry.get("residual", False),
+                channels_last=True,
+            ),
+            entry,
+        )
+        for entry in table
+        if entry["dtype"] == _measured_dtype(problem) and entry["training"] == problem.training
+    ]
+
+
+def _apart(one: Problem, other: Problem) -> float:
+    """Σ |log2| of the ratios of sizes, half a step more where one has an activation or a residual and the other has not."""
+    epilogues = ((one.options[-1] is None) != (other.options[-1] is None)) + (one.residual != other.residual)
+    return _distance(other.sizes, one) + 0.5 * epilogues
+
+
+def _distance(sizes: dict[str, int], problem: Problem) -> float:
+    return sum(abs(math.log2(max(problem.sizes[letter], 1) / max(size, 1))) for letter, size in sizes.items())
+
+
+def _measured_dtype(problem: Problem) -> str:
+    """float16, which is never measured, takes the choices of bfloat16: the same units compute both on a GPU."""
+    return "bfloat16" if problem.dtype == torch.float16 else str(problem.dtype).removeprefix("torch.")
+
+
 def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | None, dict[str, Any] | None]:
     """The fastest candidate in the nearest measured bucket, and that bucket; (None, None) where nothing was measured.
 
-    Buckets are powers of two; the nearest has the least sum of |log2| ratios over the sizes. float16, which is never
-    measured, takes the choices of bfloat16: the same units compute both on a GPU.
+    Buckets are powers of two; the nearest has the least sum of |log2| ratios over the sizes.
     """
-    dtype = "bfloat16" if problem.dtype == torch.float16 else str(problem.dtype).removeprefix("torch.")
     entries = [
         entry
         for entry in _table(problem.op, device_slug(problem.device))
-        if entry["dtype"] == dtype
+        if entry["dtype"] == _measured_dtype(problem)
         and entry["training"] == problem.training
         and entry["sizes"].keys() <= problem.sizes.keys()
         if any(name in entry["microseconds"] for name in candidates)
@@ -172,11 +263,6 @@ def measured_choice(problem: Problem, candidates: Sequence[str]) -> tuple[str | 
     if not entries:
         return None, None
 
-    def distance(entry: dict[str, Any]) -> float:
-        return sum(
-            abs(math.log2(max(problem.sizes[letter], 1) / max(size, 1))) for letter, size in entry["sizes"].items()
-        )
-
-    entry = min(entries, key=distance)
+    entry = min(entries, key=lambda entry: _distance(entry["sizes"], problem))
     times = {name: entry["microseconds"][name] for name in candidates if name in entry["microseconds"]}
     return min(times, key=times.__getitem__), entry

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from inherit_kernels.autograd import needs_gradient
-from inherit_kernels.dispatch import decide, device_slug, doubt, forced_backend, measured_choice, problem_of
+from inherit_kernels.dispatch import choose, decide, doubt, forced_backend, problem_of
 from inherit_kernels.registry import OPS, Problem
 
 
@@ -62,16 +62,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     declined = {name: backend.supports(problem) for name, backend in spec.backends.items()}
     doubted = {name: sentence for name, backend in spec.backends.items() if (sentence := doubt(backend, problem))}
     forced = forced_backend()
-    choice = decide(spec, problem, forced)
     if forced is not None:
-        reason = "forced by use_backend or INHERIT_KERNELS_BACKEND"
+        choice, reason = decide(spec, problem, forced), "forced by use_backend or INHERIT_KERNELS_BACKEND"
     else:
         candidates = [name for name, sentence in declined.items() if sentence is None and name not in doubted]
-        entry = measured_choice(problem, candidates)[1]
-        slug = device_slug(problem.device)
-        reason = (
-            f"nothing was measured for {problem.dtype} on {slug}; measure with `python -m inherit_kernels.tune {op}`"
-            if entry is None
-            else f"fastest of the nearest measured bucket {entry['sizes']} on {slug}: {entry['microseconds']} µs"
-        )
+        choice, reason = choose(spec, problem, candidates)
     return Explanation(problem, declined, doubted, choice, reason)

@@ -30,16 +30,21 @@ class Problem:
     sizes: dict[str, int]  # by the letters of the op's definition: M, K, N, R, H, or B, C, P, T, N, R, H
     options: tuple[Any, ...]
     training: bool
+    residual: bool = False
+    channels_last: bool = False  # images whose channels lie side by side
 
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
-        return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.device} {sizes}" + (
-            " training" if self.training else ""
-        )
+        more = [self.options[-1] if self.options else None, self.residual and "residual", self.training and "training"]
+        words = [str(self.dtype).removeprefix("torch."), self.device, sizes, *filter(None, more)]
+        return " ".join([self.op, *map(str, words)])
 
 
 class Backend(Protocol):
     """A module that computes an op: `ops/<op>/impl_<name>.py`. One with packed kernels also has `pack` and `forward_packed`.
+
+    It may have `doubts(problem)`, why only force chooses it, and `estimate(problem, rates)`, µs of a forward on a GPU
+    (`common/costs.py`).
 
     `forward_saving` returns the output and the rank-sized `t`; it and `backward` only see the activations None and relu,
     and `backward` gets `dz`, the gradient at the pre-activation. `backward` returns one gradient, or None where `needs`

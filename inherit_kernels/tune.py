@@ -56,6 +56,8 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "training": training,
         "sizes": problem.sizes,
+        **({"activation": chosen[-1]} if chosen[-1] else {}),
+        **({"residual": True} if problem.residual else {}),
         "microseconds": {name: round(medians[name], 1) for name in names if name in medians},
     }
 

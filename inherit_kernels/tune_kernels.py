@@ -81,7 +81,12 @@ def tune_kernels(op: str, end: float) -> None:
 def points_of(op: str) -> Iterator[Point]:
     """The buckets to measure, of square layers and images: bfloat16 first, then from coarse to fine, every kernel of each."""
     cases = import_module(f"inherit_kernels.ops.{op}.cases").gpu_tuning_cases()
-    square = [case for case in cases if case.shapes["x"][-1] == case.shapes["up"][-2] or len(case.shapes["x"]) == 4]
+    # What follows a layer does not decide its tiles.
+    square = [
+        case
+        for case in cases
+        if (case.shapes["x"][-1] == case.shapes["up"][-2] and not case.options) or len(case.shapes["x"]) == 4
+    ]
     for dtype in DTYPES:
         bits = 32 if dtype == torch.float32 else 16
         for case in spread(square):

@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from inherit_kernels.common.activation import ACTIVATION_CODES
+
 TABLE_VERSION = 1
 LETTERS = frozenset("MKNRHBCTP")  # of the sizes that tables name
 
@@ -53,6 +55,8 @@ def _check_entries(entries: Any) -> None:
             values = entry.get(name)
             if not isinstance(values, dict) or not all(_is_size(value) for value in values.values()):
                 raise ValueError(f"{name} of entry {number} are not numbers by name")
+        if entry.get("activation") not in ACTIVATION_CODES or not isinstance(entry.get("residual", False), bool):
+            raise ValueError(f"entry {number} has an activation or a residual that is none")
         if not set(entry["sizes"]) <= LETTERS:
             raise ValueError(f"entry {number} has sizes of unknown letters")
 

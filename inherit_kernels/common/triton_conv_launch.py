@@ -33,6 +33,13 @@ def declines(problem: Problem) -> str | None:
     return triton_launch.declines(problem)
 
 
+def doubts(problem: Problem) -> str | None:
+    """Why an automatic choice leaves alone what can serve."""
+    if problem.device.type == "cuda" and not problem.channels_last:
+        return "images that are not channels-last are gathered element by element, and were never timed"
+    return None
+
+
 def empty_image(x: Tensor, channels: int, size: Sequence[Any]) -> Tensor:
     """Empty `[B, channels, *size]` in the memory format of x."""
     shape = (x.shape[0], channels, *size)

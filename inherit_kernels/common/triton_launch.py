@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SERVES = {"cuda": DTYPES}
 PROVEN = {"cuda": "interpreted on CPU; compiled for sm_80 and sm_90"}
 CONFIGS = Path(__file__).parents[1] / "configs"
+HOPPER = "nvidia-h200"  # whose measured configurations serve every device of compute capability 9.0 without any
 SHIPPED = "triton"  # configs/<op>/triton.json: checked against the limits of sm_80 and sm_90, measured on none
 
 Config = dict[str, int]
@@ -219,7 +220,9 @@ def precision(dtype: torch.dtype) -> str:
 def _slug(device: torch.device) -> str:
     if device.type != "cuda" or not torch.cuda.is_available():
         return SHIPPED
-    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    own = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    tabled = any(path.stem == own for path in CONFIGS.glob("*/*.json"))
+    return HOPPER if not tabled and torch.cuda.get_device_capability(device) == (9, 0) else own
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from benchmarks import candidates, roofline, store, suites, summary
 from benchmarks.baselines import PEERS, Peer, Runner, peers_of
 from benchmarks.correctness import Truth
+from benchmarks.gpu.rows import COLUMNS
 from benchmarks.roofline import Level, Roofline, Work, limit
 from inherit_kernels.registry import OPS
 from inherit_kernels.testing.timing import time_interleaved
@@ -230,7 +231,8 @@ def test_committed_results_have_one_header_each():
     for path in store.RESULTS.glob("*/*.csv"):
         with path.open(newline="") as file:
             first, *others = csv.reader(file)
-        assert first[: len(store.STAMP)] == list(store.STAMP), path
+        stamp = COLUMNS if path.name.startswith("gpu_") else store.STAMP
+        assert first[: len(stamp)] == list(stamp), path
         assert all(len(other) == len(first) and other != first for other in others), path
 
 

@@ -68,7 +68,9 @@ def test_bad_binds_are_named():
     weights = torch.randn(3, 8), torch.randn(5, 3)
     with pytest.raises(ValueError, match="op: expected one of"):
         bind("lowrank", weights)
-    with pytest.raises(ValueError, match="backend: expected one of unfused, triton, native, reference, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of unfused, blas, triton, native, reference, got 'fast'"
+    ):
         bind("lowrank_linear", weights, backend="fast")
     with pytest.raises(ValueError, match="stride: lowrank_linear has no such option; it has activation"):
         bind("lowrank_linear", weights, backend="unfused", stride=2)

@@ -54,7 +54,9 @@ def products(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "op, case", [(op, case) for op in SERVED for case in cases_of(op)], ids=lambda value: str(getattr(value, "name", value))
+    "op, case",
+    [(op, case) for op in SERVED for case in cases_of(op)],
+    ids=lambda value: str(getattr(value, "name", value)),
 )
 def test_the_contract(op, case, products):
     with poisoned_memory():

@@ -45,7 +45,10 @@ def test_a_forced_backend_that_declines_raises_its_sentence(clean, monkeypatch):
 @patch.dict(OPS["lowrank_conv2d"].backends)  # put back in its order, which the README's table shows
 def test_an_op_without_the_forced_backend_says_what_it_has():
     del OPS["lowrank_conv2d"].backends["native"]
-    with inherit_kernels.use_backend("native"), pytest.raises(ValueError, match="it has unfused, triton, reference"):
+    with (
+        inherit_kernels.use_backend("native"),
+        pytest.raises(ValueError, match="it has unfused, blas, triton, reference"),
+    ):
         inherit_kernels.lowrank_conv2d(torch.randn(1, 8, 4, 4), DOWN[:, :, None, None], UP)
 
 
@@ -233,8 +236,9 @@ def test_the_dtypes_that_a_backend_declares_for_this_machine_are_those_it_takes(
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_gpu_without_a_table_takes_the_unfused_form(op, monkeypatch):
+def test_a_gpu_takes_the_unfused_form_where_nothing_was_measured_anywhere(op, monkeypatch):
     monkeypatch.setattr(dispatch, "device_slug", lambda device: "nvidia-unknown")
+    monkeypatch.setattr(dispatch, "_table", lambda op, slug: [])
     for backend in OPS[op].backends.values():
         monkeypatch.setattr(backend, "supports", lambda problem: None)
     problem = Problem(op, torch.bfloat16, torch.device("cuda"), {"M": 8, "B": 8}, (), False)

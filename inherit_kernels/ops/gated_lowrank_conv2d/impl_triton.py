@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inherit_kernels.common import triton_launch
+from inherit_kernels.common import costs, triton_conv_launch, triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.conv import Pair
 from inherit_kernels.common.triton_conv_launch import (
@@ -44,6 +44,7 @@ KERNELS = ("forward_down", "forward", "backward_dt", "backward_dx", "backward_do
 
 checks_arguments = False
 SERVES, PROVEN = triton_launch.SERVES, triton_launch.PROVEN
+doubts, estimate = triton_conv_launch.doubts, costs.fused
 
 
 def supports(problem: Problem) -> str | None:

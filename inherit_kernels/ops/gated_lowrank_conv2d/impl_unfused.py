@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inherit_kernels.common import costs
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.conv import (
     Pair,
@@ -24,6 +25,7 @@ from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 checks_arguments = False
 SERVES = EVERYWHERE
 PROVEN = PLAIN_TORCH
+estimate = costs.library
 
 
 def supports(problem: Problem) -> str | None:

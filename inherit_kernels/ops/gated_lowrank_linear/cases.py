@@ -82,11 +82,18 @@ def tuning_cases() -> list[Case]:
 
 
 def gpu_tuning_cases() -> list[Case]:
-    """The same for a GPU: few rows to many, square layers and those of a transformer."""
-    return [
+    """The same for a GPU: few rows to many, square layers and those of a transformer; some with what follows a layer."""
+    plain = [
         case(f"{m}x{k}->{r}->3x{n}", (m,), k, n, r, 3)
         for k, n in ((4096, 4096), (1024, 1024), (4096, 11008), (11008, 4096))
         for m in (1, 16, 64, 256, 1024, 4096, 8192, 16384)
         for r in (64, 128, 256, 32, 512, 16)
         if r * (k + n) < k * n
     ]
+    followed = [
+        case(f"{m}x{k}->{r}->3x{n} {activation} residual", (m,), k, n, r, 3, residual=True, activation=activation)
+        for k, n, activation in ((4096, 4096, "gelu"), (1024, 1024, "relu"))
+        for m in (16, 256, 4096, 16384)
+        for r in (64, 256)
+    ]
+    return plain + followed

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from inherit_kernels.common import blas
+from inherit_kernels.common import blas, costs
 from inherit_kernels.common.heads import side_by_side
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.ops.gated_lowrank_linear import impl_unfused
@@ -21,6 +21,7 @@ checks_arguments = False
 SERVES = blas.SERVES
 PROVEN = {device: f"{how}; backward: the unfused one" for device, how in blas.PROVEN.items()}
 doubts, backward = blas.doubts, impl_unfused.backward
+estimate = costs.library_with_epilogue
 
 
 def supports(problem: Problem) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inherit_kernels.common import triton_launch
+from inherit_kernels.common import costs, triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.common.triton_launch import (
@@ -36,6 +36,7 @@ from inherit_kernels.registry import Problem
 
 checks_arguments = False
 SERVES, PROVEN = triton_launch.SERVES, triton_launch.PROVEN
+estimate = costs.fused
 OP = "gated_lowrank_linear"
 #: The kernels of the configuration tables.
 KERNELS = ("forward", "backward_dx", "weight_gradient", "gate_gradient")

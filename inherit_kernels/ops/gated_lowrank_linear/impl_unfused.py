@@ -9,14 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inherit_kernels.common import costs
 from inherit_kernels.common.activation import activate
-from inherit_kernels.common.heads import exact_gate_of, gate_of, scale_by_gate, scaled_rows, side_by_side, softmax_backward
+from inherit_kernels.common.heads import (
+    exact_gate_of,
+    gate_of,
+    scale_by_gate,
+    scaled_rows,
+    side_by_side,
+    softmax_backward,
+)
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 
 checks_arguments = False
 SERVES = EVERYWHERE
 PROVEN = PLAIN_TORCH
+estimate = costs.library
 
 
 def supports(problem: Problem) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inherit_kernels.common import blas
+from inherit_kernels.common import blas, costs
 from inherit_kernels.common.conv import Pair, as_rows, first_stage, from_rows, in_format, memory_format_of
 from inherit_kernels.ops.lowrank_conv2d import impl_unfused
 from inherit_kernels.registry import Problem
@@ -19,6 +19,7 @@ checks_arguments = False
 SERVES = blas.SERVES
 PROVEN = {device: f"{how}; backward: the unfused one" for device, how in blas.PROVEN.items()}
 doubts, backward = blas.doubts, impl_unfused.backward
+estimate = costs.library_with_epilogue
 
 
 def supports(problem: Problem) -> str | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inherit_kernels.common import costs
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.conv import (
     Pair,
@@ -22,6 +23,7 @@ from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 checks_arguments = False
 SERVES = EVERYWHERE
 PROVEN = PLAIN_TORCH
+estimate = costs.library
 
 
 def supports(problem: Problem) -> str | None:

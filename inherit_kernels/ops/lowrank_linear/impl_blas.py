@@ -8,13 +8,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from inherit_kernels.common import blas
+from inherit_kernels.common import blas, costs
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import Problem
 
 checks_arguments = False
 SERVES, PROVEN = blas.SERVES, blas.PROVEN
 doubts = blas.doubts
+estimate = costs.library_with_epilogue
 
 
 def supports(problem: Problem) -> str | None:
@@ -45,7 +46,7 @@ def backward(
 ) -> Sequence[Tensor | None]:
     need_x, need_down, need_up, need_bias = needs
     dz_rows = rows_of(dz)
-    dt = dz_rows @ up if need_x or need_down else None
+    dt = dz_rows @ up if need_x or need_down else dz_rows
     d_up, d_bias = blas.weight_gradient(dz_rows, rows_of(t), need_up, need_bias)
     return (
         (dt @ down).view(x.shape) if need_x else None,

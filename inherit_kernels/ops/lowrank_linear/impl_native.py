@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from inherit_kernels.common import costs
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.native import (
     CPU_DTYPES,
@@ -23,6 +24,7 @@ from inherit_kernels.registry import Problem
 checks_arguments = True
 SERVES = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}
 PROVEN = {"cpu": CPU_PROOF, "cuda": f"{CUDA_PROOF}; backward: the unfused one"}
+estimate = costs.decode
 
 
 def supports(problem: Problem) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from inherit_kernels.common import costs
 from inherit_kernels.common.activation import activate
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
@@ -15,6 +16,7 @@ from inherit_kernels.registry import EVERYWHERE, PLAIN_TORCH, Problem
 checks_arguments = False
 SERVES = EVERYWHERE
 PROVEN = PLAIN_TORCH
+estimate = costs.library
 
 
 def supports(problem: Problem) -> str | None:
