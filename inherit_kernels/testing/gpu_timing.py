@@ -44,14 +44,18 @@ def time_on_gpu(
     return {name: _percentiles(values) for name, values in samples.items()}
 
 
+def cold_copies(nbytes: int) -> int:
+    """How many copies of so many bytes are twice the L2 cache of the current device; at most MOST_COPIES."""
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(MOST_COPIES, -(-2 * l2 // max(nbytes, 1)))
+
+
 def copies_of(inputs: Mapping[str, torch.Tensor | None]) -> list[dict[str, Any]]:
     """The inputs and clones, together twice the L2 cache of the current device or MOST_COPIES; alone where they are large.
 
     A layer finds its weights in L2 in no network but a tiny one.
     """
-    size = sum(value.nbytes for value in inputs.values() if value is not None)
-    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    count = min(MOST_COPIES, -(-2 * l2 // max(size, 1)))
+    count = cold_copies(sum(value.nbytes for value in inputs.values() if value is not None))
 
     def clone(value: torch.Tensor | None) -> torch.Tensor | None:
         return None if value is None else value.detach().clone().requires_grad_(value.requires_grad)

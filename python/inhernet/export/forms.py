@@ -15,9 +15,10 @@ import inherit_kernels
 from ..nn import LowRankModule
 from .sites import Site, is_linear
 
-#: dense: one layer with the merged weight. unfused: two torch calls. fused: our kernel on plain weights. packed: on panels.
-FORMS = ("dense", "unfused", "fused", "packed")
-_BACKENDS = {"unfused": "unfused", "fused": "native", "packed": "native"}
+#: dense: one layer with the merged weight. unfused: two torch calls. fused: our kernel on plain weights (on a GPU the one
+#: that the op chooses). packed: on panels. blas: two products of NVIDIA's libraries. triton: the Triton kernels.
+FORMS = ("dense", "unfused", "fused", "packed", "blas", "triton")
+_BACKENDS = {"unfused": "unfused", "fused": "native", "packed": "native", "blas": "blas", "triton": "triton"}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": lambda y: F.silu(y, inplace=True),
@@ -65,6 +66,8 @@ def form_of(name: str, site: Site, model: nn.Module, channels_last: bool = False
 
     def bound(activation: str | None) -> Callable[..., Tensor]:
         options = {**getattr(layer, "_window", {}), "activation": activation}
+        if name == "fused" and layer.up.is_cuda:
+            return _padded(_chosen(layer.op_name, weights, options), layer)
         return _padded(inherit_kernels.bind(layer.op_name, weights, backend=_BACKENDS[name], **options), layer)
 
     finish = _finish(site.activation)
@@ -73,6 +76,12 @@ def form_of(name: str, site: Site, model: nn.Module, channels_last: bool = False
         return Form(name, lambda x, residual=None: finish(bare(x), residual), tensors)
     run = bound(site.activation)
     return Form(name, _tolerant(run, bound(None), finish) if site.residual else run, tensors)
+
+
+def _chosen(op: str, weights: tuple[Tensor | None, ...], options: dict[str, Any]) -> Callable[..., Tensor]:
+    """The op itself, which chooses at each call: on a GPU few rows have other kernels than many."""
+    function = getattr(inherit_kernels, op)
+    return lambda x, residual=None: function(x, *weights, residual, **options)
 
 
 def _padded(run: Callable[..., Tensor], layer: Any) -> Callable[..., Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .graphed import CudaGraphs
+
 
 class Frozen:
     """Mixed into the class of an optimised model and of every module replaced in it.
@@ -22,8 +24,14 @@ class Frozen:
     _run: Callable[..., Any] | None
     _channels_last: bool
     _form: str
+    _graphs: CudaGraphs | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._graphs is not None:
+            return self._graphs(self._compute, args, kwargs)
+        return self._compute(*args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
         if self._channels_last:
             args, kwargs = to_channels_last((args, kwargs))
         if self._run is None:
@@ -77,9 +85,11 @@ def freeze(
     form: str = "",
     channels_last: bool = False,
     leaf: bool = False,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """Freeze a module in place, with `run` for its forward (None keeps the forward it has)."""
-    module.__dict__.update(_run=run, _form=form, _channels_last=channels_last)
+    graphs = CudaGraphs() if cuda_graph else None
+    module.__dict__.update(_run=run, _form=form, _channels_last=channels_last, _graphs=graphs)
     kind: Any = type(module)
     module.__class__ = _frozen_class(kind, _Leaf if leaf else Frozen)
     return module

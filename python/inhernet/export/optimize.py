@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from inherit_kernels.testing import cold_copies, time_on_gpu
+
 from ..console import Steps, progress, say
 from ..decompose.batches import copied, device_of, floating_outputs
 from ..measure import interleaved
@@ -34,6 +36,7 @@ def optimize(
     *,
     choices: Optimization | Mapping[str, str] | str | os.PathLike[str] | None = None,
     channels_last: bool | None = None,
+    cuda_graph: bool | None = None,
     seconds: float = 0.1,
     show: bool = True,
 ) -> nn.Module:
@@ -42,8 +45,10 @@ def optimize(
     BatchNorm that directly follows a layer goes into its weights (exact in eval mode: `up` and every head's bias; gates
     sum to one). Where torch.fx can trace the model, a residual addition and an activation go into the layer too. Each
     layer gets the form that measures fastest on its own inputs: one dense layer with the merged weight, two torch calls,
-    the fused kernel, or the fused kernel on packed weights. At the end the whole is measured against what was given, and
-    if it is not faster, what was given is kept.
+    the fused kernel, or the fused kernel on packed weights; on a GPU also two library products and the Triton kernels. At
+    the end the whole is measured against what was given, and if it is not faster, what was given is kept.
+    On a GPU calls of one kind (shapes, dtypes, constants) run in one CUDA graph from the second on, where that is faster;
+    layers are then timed in graphs too, each call with its weights out of the L2 cache.
 
     Args:
         model: inherited or dense, in any mode; it is not changed.
@@ -52,7 +57,9 @@ def optimize(
         choices: an earlier result's `optimization` or its JSON file: nothing is measured. Or forms by layer name,
             `{"layer1.0.conv1": "unfused"}`: these are taken, the other layers measured.
         channels_last: whether images are turned to channels-last at the entry; None measures both, where there are
-            convolutions on the CPU.
+            convolutions.
+        cuda_graph: whether calls on a GPU are captured into CUDA graphs; None measures both. What a graph cannot repeat
+            (gradients, autocast, other types of arguments) runs without one.
         seconds: measuring time per candidate.
         show: print the table of what was chosen and why.
 
@@ -81,7 +88,7 @@ def optimize(
             fast = apply(base, saved)
         else:
             given = base if any(module.training for module in model.modules()) else model
-            fast = _Search(base, example, forced, channels_last, seconds, show).best(given)
+            fast = _Search(base, example, forced, channels_last, cuda_graph, seconds, show).best(given)
     if show:
         result(fast).show()
     return fast
@@ -116,7 +123,7 @@ def restore(model: nn.Module, text: str) -> nn.Module:
 def apply(base: nn.Module, saved: Optimization) -> nn.Module:
     """Freeze `base`, in place, with the saved choices; nothing is measured."""
     if saved.kept == "given":
-        return _finished(freeze(base), saved)
+        return _finished(freeze(base, cuda_graph=saved.cuda_graph), saved)
     sites = {layer.site.name: layer.site for layer in saved.layers}
     modules = dict(base.named_modules())
     for site in sites.values():
@@ -127,24 +134,26 @@ def apply(base: nn.Module, saved: Optimization) -> nn.Module:
             raise ValueError(f"choices: layer {site.name!r} is {type(modules[site.name]).__name__}, which has no forms")
     forms = {layer.site.name: form_of(layer.form, layer.site, base, saved.channels_last) for layer in saved.layers}
     if not saved.traced:
-        return _finished(_replace_layers(base, sites.values(), forms, saved.channels_last), saved)
+        return _finished(_replace_layers(base, sites.values(), forms, saved), saved)
     graph, reason = graphs.trace(base)
     if graph is None:
         raise ValueError(f"choices: they were made for a traced model, but {reason}; optimise it again")
     chains = graphs.find_chains(graph, base, None, sites)
     run = graphs.rewrite(graph, base, chains, {name: form.run for name, form in forms.items()})
-    return _finished(freeze(base, run, channels_last=saved.channels_last), saved)
+    return _finished(freeze(base, run, channels_last=saved.channels_last, cuda_graph=saved.cuda_graph), saved)
 
 
 def _replace_layers(
-    base: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form], channels_last: bool
+    base: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form], saved: Optimization
 ) -> nn.Module:
     for site in sites:
         form = forms[site.name]
         freeze(base.get_submodule(site.name), form.run, form.name, leaf=True)
         if site.batchnorm is not None:
             freeze(base.get_submodule(site.batchnorm), identity, "folded", leaf=True)
-    return base if isinstance(base, Frozen) else freeze(base, channels_last=channels_last)
+    if isinstance(base, Frozen):  # a single layer
+        return base
+    return freeze(base, channels_last=saved.channels_last, cuda_graph=saved.cuda_graph)
 
 
 def _finished(model: nn.Module, report: Optimization) -> nn.Module:
@@ -202,6 +211,7 @@ class _Search:
         example: Example,
         forced: dict[str, str],
         channels_last: bool | None,
+        cuda_graph: bool | None,
         seconds: float,
         show: bool,
     ) -> None:
@@ -212,32 +222,46 @@ class _Search:
         for name in forced:
             if name not in layers:
                 raise ValueError(f"choices: {name!r} is not a layer of the model; it has {', '.join(list(layers)[:8])}")
-        images = device_of(base).type == "cpu" and any(_weight(layer).dim() == 4 for layer in layers.values())
-        self.formats = [channels_last] if channels_last is not None else [False, True] if images else [False]
+        images = any(_weight(layer).dim() == 4 for layer in layers.values())
+        formats = [channels_last] if channels_last is not None else [False, True] if images else [False]
+        self.gpu = on_gpu(base)
+        graphs_wanted = [bool(cuda_graph)] if cuda_graph is not None or not self.gpu else [False, True]
+        self.ways = [(format, graph and self.gpu) for graph in graphs_wanted for format in formats]
         self.canonical = storages_of(base.state_dict().values())
         self.measured: dict[Any, dict[str, float]] = {}
 
     def best(self, given: nn.Module) -> nn.Module:
         """The fastest variant, or the model as given."""
         variants: dict[str, nn.Module] = {}
-        for channels_last in self.formats:
-            name = "optimised, channels-last" if channels_last else "optimised"
+        for channels_last, cuda_graph in self.ways:
+            name = "optimised" + ", channels-last" * channels_last + ", in a CUDA graph" * cuda_graph
             try:
-                report = self._choose(channels_last)
+                report = self._choose(channels_last, cuda_graph)
                 fast = apply(_twin(self.base), report)
-                output = self.example(fast)
+                output = self._last_of_calls(fast)
             except RuntimeError:
-                if not channels_last or len(self.formats) == 1:
+                if not channels_last or not any(not other for other, _ in self.ways):
                     raise
                 continue  # a forward that calls view() wants contiguous images
             if self._same(output):
                 variants[name] = fast
+        as_given = replace(report, kept="given", channels_last=False, cuda_graph=False)
+        if any(cuda_graph for _, cuda_graph in self.ways):
+            kept = replace(as_given, cuda_graph=True)
+            variants["given, in a CUDA graph"] = apply(_twin(self.base), kept)
         calls = {name: self.example.bound(run) for name, run in {"given": given, **variants}.items()}
         found = self._medians(calls, max(self.seconds * 5, 0.05))
-        fastest = min(variants, key=found.__getitem__, default=None)
+        mine = [name for name in variants if result(variants[name]).kept == "optimised"]
+        fastest = min(mine if self.forced else variants, key=found.__getitem__, default=None)
         if fastest is None or (not self.forced and found[fastest] > found["given"] * (1 - NOISE)):
-            return _finished(freeze(self.base), replace(report, kept="given", channels_last=False, milliseconds=found))
+            return _finished(freeze(self.base), replace(as_given, milliseconds=found))
         return _finished(variants[fastest], replace(result(variants[fastest]), milliseconds=found))
+
+    def _last_of_calls(self, run: nn.Module) -> Any:
+        """The output of a third call: a CUDA graph is captured in the second and replayed."""
+        for _ in range(3 if result(run).cuda_graph else 1):
+            output = self.example(run)
+        return output
 
     def _traceable(self) -> tuple[bool, str]:
         graph, reason = graphs.trace(self.base)
@@ -262,17 +286,18 @@ class _Search:
                 return False
         return True
 
-    def _choose(self, channels_last: bool) -> Optimization:
-        """Measure every layer on what it gets in this memory format."""
+    def _choose(self, channels_last: bool, cuda_graph: bool) -> Optimization:
+        """Measure every layer on what it gets in this memory format, in graphs or one call after another."""
         samples = self._samples()
         if channels_last:  # as the chosen forms will pass images on, whatever the given layers do
             samples = [(site, to_channels_last(inputs)) for site, inputs in samples]
-        title = "measuring layers" + (", channels-last" if channels_last else "")
+        title = "measuring layers" + ", channels-last" * channels_last + ", in graphs" * cuda_graph
         with progress(title, len(samples), enabled=self.show) as bar:
-            layers = tuple(self._layer(site, inputs, channels_last, bar) for site, inputs in samples)
+            layers = tuple(self._layer(site, inputs, channels_last, cuda_graph, bar) for site, inputs in samples)
         return Optimization(
             layers=layers,
             channels_last=channels_last,
+            cuda_graph=cuda_graph,
             traced=self.traced,
             untraced=self.untraced,
             device=stamp(device_of(self.base)),
@@ -292,7 +317,9 @@ class _Search:
         wanted = {chain.site.name: chain for chain in reversed(chains)}
         return [(chain.site, recorder.inputs(chain)) for chain in wanted.values()]
 
-    def _layer(self, site: Site, inputs: tuple[Tensor, ...], channels_last: bool, bar: Steps) -> LayerChoice:
+    def _layer(
+        self, site: Site, inputs: tuple[Tensor, ...], channels_last: bool, cuda_graph: bool, bar: Steps
+    ) -> LayerChoice:
         forms, refused = candidates(site, self.base, channels_last)
         layer = self.base.get_submodule(site.name)
         times: dict[str, float] = {}
@@ -303,9 +330,9 @@ class _Search:
         elif len(forms) == 1:
             form, reason = next(iter(forms)), "its only form"
         else:
-            times = self._times(site, inputs, forms)
-            form = min(forms, key=times.__getitem__)
-            reason = "fastest"
+            times = self._times(site, inputs, forms, channels_last, cuda_graph)
+            form = min((name for name in forms if name in times), key=times.__getitem__, default=next(iter(forms)))
+            reason = "fastest" if form in times else "none could be timed"
         bar.advance()
         return LayerChoice(
             site=site,
@@ -316,22 +343,67 @@ class _Search:
             extra_bytes=forms[form].extra_bytes(self.canonical),
         )
 
-    def _times(self, site: Site, inputs: tuple[Tensor, ...], forms: Mapping[str, Form]) -> dict[str, float]:
+    def _times(
+        self,
+        site: Site,
+        inputs: tuple[Tensor, ...],
+        forms: Mapping[str, Form],
+        channels_last: bool,
+        cuda_graph: bool,
+    ) -> dict[str, float]:
         """Medians in µs, from an earlier layer of equal shapes and settings if there was one."""
         layer = self.base.get_submodule(site.name)
         shapes = tuple((x.shape, x.stride(), x.dtype) for x in (*inputs, *layer.parameters()))
-        key = (layer.extra_repr(), replace(site, name="", batchnorm=site.batchnorm and ""), shapes, *forms)
+        key = (layer.extra_repr(), replace(site, name="", batchnorm=site.batchnorm and ""), shapes, cuda_graph, *forms)
         if key not in self.measured:
-            calls = {"given": _as_given(site, self.base, inputs)}
-            calls |= {name: partial(form.run, *inputs) for name, form in forms.items()}
-            found = self._medians(calls, self.seconds)
-            self.measured[key] = {name: round(1e3 * value, 2) for name, value in found.items()}
+            if cuda_graph:
+                found = self._times_in_graphs(site, inputs, forms, channels_last)
+            else:
+                calls = {"given": _as_given(site, self.base, inputs)}
+                calls |= {name: partial(form.run, *inputs) for name, form in forms.items()}
+                found = {name: 1e3 * value for name, value in self._medians(calls, self.seconds).items()}
+            self.measured[key] = {name: round(value, 2) for name, value in found.items()}
         return self.measured[key]
+
+    def _times_in_graphs(
+        self, site: Site, inputs: tuple[Tensor, ...], forms: Mapping[str, Form], channels_last: bool
+    ) -> dict[str, float]:
+        """µs in CUDA graphs, each call on weights and inputs of its own, so that none are in the L2 cache.
+
+        A form that fails or computes something else is left out.
+        """
+        parts = {name: self.base.get_submodule(name) for name in (site.name, site.batchnorm) if name is not None}
+        tensors = [*inputs, *(tensor for part in parts.values() for tensor in part.parameters())]
+        calls: dict[str, list[Callable[[], object]]] = {name: [] for name in ("given", *forms)}
+        for _ in range(cold_copies(sum(tensor.nbytes for tensor in tensors))):
+            copy: Any = _Parts({name: copied(part) for name, part in parts.items()})
+            own = _copied(inputs)
+            calls["given"].append(_as_given(site, copy, own))
+            for name in forms:
+                calls[name].append(partial(form_of(name, site, copy, channels_last).run, *own))
+        expected = calls["given"][0]()
+        return {name: timing.median for name, timing in time_on_gpu(calls, expected).items()}
 
     def _medians(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         """Milliseconds; of CPU time on one thread, so that other processes do not count."""
         alone = torch.get_num_threads() == 1 and device_of(self.base).type == "cpu"
         return {name: value.p50 for name, value in interleaved(calls, seconds, cpu_time=alone).items()}
+
+
+class _Parts(nn.Module):
+    """Some modules under the names that they have in a model."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.parts = dict(parts)  # no submodules: names with dots
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.parts[target]
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Whether the model computes on a CUDA device."""
+    return device_of(model).type == "cuda"
 
 
 def _twin(model: nn.Module) -> nn.Module:

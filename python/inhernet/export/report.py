@@ -26,7 +26,7 @@ class LayerChoice:
 
     Attributes:
         site: the layer's name, and the BatchNorm, addition and activation that it takes in.
-        form: "dense", "unfused", "fused" or "packed".
+        form: "dense", "unfused", "fused", "packed", "blas" or "triton".
         reason: why this form, in a few words.
         microseconds: median per form, "given" for the modules as they were; empty where there was nothing to choose.
         weight_bytes: the layer's own parameters.
@@ -49,6 +49,7 @@ class Optimization:
         layers: one choice per layer.
         kept: "optimised", or "given" where the whole was not faster than the model it came from.
         channels_last: whether images are turned to channels-last at the entry.
+        cuda_graph: whether calls on a GPU run in CUDA graphs.
         traced: whether the forward is a rewritten torch.fx graph; `untraced` says why not.
         milliseconds: median per call of the whole model: "given", and each variant measured.
         device, versions: where and with what it was measured.
@@ -57,6 +58,7 @@ class Optimization:
     layers: tuple[LayerChoice, ...]
     kept: str = "optimised"
     channels_last: bool = False
+    cuda_graph: bool = False
     traced: bool = False
     untraced: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -114,25 +116,28 @@ class Optimization:
     def show(self) -> None:
         """Print the choices as a table, and the whole model's figures."""
         rows = []
+        measured = {name for layer in self.layers for name in layer.microseconds}
+        shown = [name for name in ("given", *FORMS) if name in measured]
         for layer in self.layers:
             site = layer.site
             taken = [site.batchnorm and "batchnorm", "add" if site.residual else None, site.activation]
-            times = [_figure(layer.microseconds.get(name)) for name in ("given", *FORMS)]
+            times = [_figure(layer.microseconds.get(name)) for name in shown]
             sizes = (_size(layer.weight_bytes), _size(layer.extra_bytes))
             rows.append((site.name, " ".join(filter(None, taken)), *times, layer.form, *sizes, layer.reason))
-        names = ("given µs", *(f"{name} µs" for name in FORMS))
+        names = tuple(f"{name} µs" for name in shown)
         columns = ("layer", "takes in", *names, "form", "weights", "beside", "why")
         if rows:
-            table(f"forms of {len(rows)} layers", columns, rows, left=(0, 1, 7, 10))
+            table(f"forms of {len(rows)} layers", columns, rows, left=(0, 1, len(shown) + 2, len(shown) + 5))
         for name, value in self.milliseconds.items():
             base = self.milliseconds["given"]
             say(f"whole model, {name}: {value:.3f} ms" + (f" ({base / value:.2f}×)" if name != "given" else ""))
+        graph = " in a CUDA graph" if self.cuda_graph else ""
         if self.kept == "given":
-            say("kept the model as it was given: no variant was faster, or gave the same outputs")
+            say(f"kept the model as it was given{graph}: no variant was faster, or gave the same outputs")
         else:
             layout = ", images channels-last" if self.channels_last else ""
             how = "traced and rewritten" if self.traced else f"layers replaced one by one, because {self.untraced}"
-            say(f"kept the optimised form{layout}; forward {how}")
+            say(f"kept the optimised form{layout}{graph and ','}{graph}; forward {how}")
             say(f"memory: {_size(self.weight_bytes)} of layer weights, {_size(self.extra_bytes)} beside them")
 
 
