@@ -12,13 +12,14 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import inhernet
+from inherit_kernels.testing.timing import Timing
 from inhernet.export import graphed
 from inhernet.export.graphed import CudaGraphs
 from inhernet.measure import Latency
 from inhernet.nn import LowRankConv2d, LowRankLinear
-from inherit_kernels.testing.timing import Timing
 
 
 class Captures:
@@ -34,7 +35,7 @@ class Captures:
         outputs = call()
 
         def replay():
-            for mine, new in zip(torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(call())):
+            for mine, new in zip(tree_leaves(outputs), tree_leaves(call()), strict=True):
                 if isinstance(mine, torch.Tensor):
                     mine.copy_(new)
 
@@ -167,13 +168,9 @@ def on_gpu(captures, monkeypatch):
         names = list(calls)
         timed.append(names)
         assert all(len(copies) == 2 for copies in calls.values())
-        pointers = [
-            {t.data_ptr() for call in copies for t in call.args}
-            for copies in calls.values()
-            if copies[0].__class__.__name__ == "partial"
-        ]
-        assert all(len(found) >= 2 for found in pointers)  # each call has inputs of its own
-        for name, copies in calls.items():
+        inputs = [{tensor.data_ptr() for call in calls[name] for tensor in call.args} for name in names[1:]]
+        assert all(len(found) == 2 * len(calls["unfused"][0].args) for found in inputs)  # each call has its own
+        for copies in calls.values():
             for call in copies:
                 torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-4)
         return {name: Timing(*[float(len(names) - i)] * 3) for i, name in enumerate(names)}  # the last is the fastest
