@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, on a fresh machine with torch >= 2.11, triton and nvcc and without a network.
 #
-#   benchmarks/gpu.sh [all|check|sweep|tune] [--minutes 9] [arguments of the part]
+#   benchmarks/gpu.sh [all|check|sanitize|sweep|tune] [--minutes 9] [arguments of the part]
+#   benchmarks/gpu.sh prepare [--seconds 700]     on a machine without a GPU, with the lent one's triton and nvcc
+#   benchmarks/gpu.sh lease [--seconds 540] [--rehearse]
 #
+# prepare builds the library for Hopper, fills Triton's cache with what will be timed, packs both into build/lease/lease.tar.xz
+# lease   unpacks them, then by their worth: first calls, the tests that failed before, whole networks, all tests with
+#         compute-sanitizer beside them, tuning, the sweep; page.txt and results.tar.gz under $OUT after each
 # check   a first call of every kernel, pytest -m gpu (arguments: pytest's), then compute-sanitizer's memcheck, racecheck
 #         and synccheck on the CUDA C++ kernels
 # sweep   the figures: python -m benchmarks.gpu.run; --part 1/3 … 3/3 split it, --op, --only REGIME choose, --resume goes on
@@ -25,13 +30,21 @@ if tuple(map(int, old.version.split(".")[:2])) < (12, 9): print(pathlib.Path(old
   [ -x "$newer" ] && export TRITON_PTXAS_PATH=$newer && echo "TRITON_PTXAS_PATH=$newer"
 fi
 
+case "${1:-}" in
+  prepare)
+    TORCH_CUDA_ARCH_LIST=9.0a INHERIT_KERNELS_BUILD=cuda "$PYTHON" setup.py native >/dev/null || exit 1
+    exec "$PYTHON" -m benchmarks.gpu.lease "$@"
+    ;;
+  lease) shift && exec "$PYTHON" -m benchmarks.gpu.lease run "$@" ;;
+esac
+
 part=all minutes=9 rehearse="" rest=()
-case "${1:-}" in all | check | sweep | tune) part=$1 && shift ;; esac
+case "${1:-}" in all | check | sanitize | sweep | tune) part=$1 && shift ;; esac
 while [ $# -gt 0 ]; do
   case "$1" in
     --minutes) minutes=$2 && shift 2 ;;
     --rehearse) rehearse=1 && shift ;;
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) rest+=("$1") && shift ;;
   esac
 done
@@ -168,13 +181,14 @@ sweep() { # seconds
 main() {
   echo "${gpu:-no NVIDIA GPU was found}; $(date -u +%FT%TZ)"
   echo "results go to $results"
-  build
+  [ "$part" = sanitize ] || build
   case $part in
     check)
       first_calls
       tests $(($(left) * 3 / 5)) "${rest[@]}"
       sanitize
       ;;
+    sanitize) sanitize ;;
     tune) tune "$(left)" ;;
     sweep) sweep "$(left)" ;;
     all)

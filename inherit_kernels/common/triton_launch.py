@@ -99,6 +99,11 @@ def assembler_fault(problem: Problem) -> str | None:
     )
 
 
+def assembler_release() -> tuple[int, ...]:
+    """The release of the ptxas that Triton runs for compute capability 9.0, such as (12, 9)."""
+    return _assembler()[1]
+
+
 @cache
 def _assembler() -> tuple[str, tuple[int, ...]]:
     """The path and the release of the ptxas that Triton runs for compute capability 9.0."""

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,8 +43,8 @@ class Resources:
     )
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compile a launch as Triton would at its first call on an aligned call, for compute capability arch/10.
+def compiled(launch: Launch, arch: int) -> Any:
+    """Triton's own result for a launch, as at its first call on an aligned call, for compute capability arch/10.
 
     Raises:
         RuntimeError: the kernel does not compile for the architecture; the message is Triton's.
@@ -59,8 +60,17 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialised, rest = bind(*launch.args, **launch.keywords)
     options, *described = kernel._pack_args(backend, launch.keywords, bound, specialised, rest)
-    compiled = triton.compile(ASTSource(kernel, *described), target=target, options=options.__dict__)
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    return triton.compile(ASTSource(kernel, *described), target=target, options=options.__dict__)
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compile a launch (`compiled`) and read what it would use.
+
+    Raises:
+        RuntimeError: the kernel does not compile for the architecture; the message is Triton's.
+    """
+    result = compiled(launch, arch)
+    ptx, cubin = result.asm["ptx"], result.asm["cubin"]
     registers, stack = _usage(cubin)
     has_wgmma = "wgmma.mma_async" in ptx
     return Resources(
@@ -68,7 +78,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         arch=arch,
         registers=registers,
         stack=stack,
-        shared=compiled.metadata.shared,
+        shared=result.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         loads16=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg", ptx)),

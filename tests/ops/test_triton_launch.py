@@ -258,7 +258,7 @@ def test_the_tuner_compiles_in_its_pool_and_writes_as_it_goes(monkeypatch, tmp_p
     from inherit_kernels import tune_kernels
 
     first, second = itertools.islice(tune_kernels.points_of("lowrank_conv2d"), 2)
-    huge = {**first.candidates[0], "BM": 512, "BN": 256}
+    huge = {**first.candidates[0], "BM": 256, "BK": 128, "num_stages": 6}
     points = [first._replace(candidates=[first.candidates[0], huge]), second._replace(candidates=second.candidates[:1])]
     timed, now = [], [0.0]
 
