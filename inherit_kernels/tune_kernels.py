@@ -23,6 +23,7 @@ from inherit_kernels.common.triton_launch import (
     kernel_tables,
     padded_rank,
 )
+from inherit_kernels.common.triton_plan import forget_plans
 from inherit_kernels.dispatch import device_slug, problem_of
 from inherit_kernels.registry import OPS, Problem
 from inherit_kernels.testing.cases import Case, arguments_of, make_inputs
@@ -78,6 +79,7 @@ def tune_kernels(op: str, end: float) -> None:
                 write_table(op, slug, kernels=known)
     kernel_tables.cache_clear()
     triton_launch._config.cache_clear()
+    forget_plans()
     measured = sum(map(len, found.values()))
     print(f"{op}: {measured} of {len(points)} buckets of {', '.join(found) or 'no kernel'} measured on {slug}")
 

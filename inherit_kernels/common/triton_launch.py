@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from inherit_kernels.common.tables import read_table
 from inherit_kernels.registry import Problem
@@ -46,6 +47,7 @@ class Launch:
 
 _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+_observed: ContextVar[list[tuple[Launch, Any]] | None] = ContextVar("observed", default=None)
 _forced: dict[str, Config] = {}  # no ContextVar: a backward on a GPU runs in a thread of autograd's own
 
 
@@ -129,7 +131,7 @@ def _written_out(tensor: Tensor) -> Tensor:
 
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **keywords: Any) -> None:
     """Start a Triton kernel; while tracing, put it into the graph; while recording, only note it."""
-    recorded = _recording.get()
+    recorded, observed = _recording.get(), _observed.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, keywords))
     elif _tracing.get():
@@ -139,8 +141,11 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **keywords: Any) -> N
     elif args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
         with torch.cuda.device(args[0].device):
             kernel[grid](*args, **keywords)
-    else:
+    elif observed is None:
         kernel[grid](*args, **keywords)
+    else:
+        with _disable_current_modes():  # the interpreter computes with torch
+            observed.append((Launch(kernel, grid, args, keywords), kernel[grid](*args, **keywords)))
 
 
 @contextmanager
@@ -152,6 +157,40 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.reset(token)
+
+
+@contextmanager
+def observing() -> Iterator[list[tuple[Launch, Any]]]:
+    """Collects the launches inside the block, each with the compiled kernel, while they run."""
+    launches: list[tuple[Launch, Any]] = []
+    token = _observed.set(launches)
+    try:
+        yield launches
+    finally:
+        _observed.reset(token)
+
+
+def launching_now() -> bool:
+    """Whether launches are watched, traced or forced now, so that none may be taken from memory."""
+    return bool(_forced) or _tracing.get() or _recording.get() is not None or _observed.get() is not None
+
+
+def stream_and_hooks(tensor: Tensor) -> tuple[Any, tuple[Any, Any]]:
+    """The current stream of a tensor's device and a profiler's hooks, as Triton gives them to a compiled kernel."""
+    if not tensor.is_cuda:
+        return None, (None, None)
+    runtime = _triton_runtime()
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), (
+        runtime.launch_enter_hook,
+        runtime.launch_exit_hook,
+    )
+
+
+@cache
+def _triton_runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 @contextmanager

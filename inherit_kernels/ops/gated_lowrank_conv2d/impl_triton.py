@@ -37,6 +37,7 @@ from inherit_kernels.common.triton_launch import (
     precision,
     strides,
 )
+from inherit_kernels.common.triton_plan import planned
 from inherit_kernels.registry import Problem
 
 OP = "gated_lowrank_conv2d"
@@ -65,11 +66,13 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return backward_tuning_space(kernel, bits, BR)
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return forward_saving(*args)[0]
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward_saving(
     x: Tensor,
@@ -157,6 +160,7 @@ def _forward(
     )
 
 
+@planned
 @triton_launch.on_plain_memory
 def backward(
     dz: Tensor,

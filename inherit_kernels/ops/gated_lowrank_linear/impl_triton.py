@@ -25,6 +25,7 @@ from inherit_kernels.common.triton_launch import (
     padded_rank,
     precision,
 )
+from inherit_kernels.common.triton_plan import planned
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
@@ -69,11 +70,13 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return [{**config, "CHUNK": chunk} for config in space[::2] for chunk in (512, 2048)]
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(True, *args)
@@ -147,6 +150,7 @@ def _forward(
     return y, t
 
 
+@planned
 @triton_launch.on_plain_memory
 def backward(
     dz: Tensor,

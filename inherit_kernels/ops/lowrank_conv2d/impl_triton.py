@@ -27,6 +27,7 @@ from inherit_kernels.common.triton_conv_launch import (
     tap_matrix,
 )
 from inherit_kernels.common.triton_launch import Config, ceil_div, launch, padded_rank, precision, strides
+from inherit_kernels.common.triton_plan import planned
 from inherit_kernels.registry import Problem
 
 OP = "lowrank_conv2d"
@@ -53,11 +54,13 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return candidates(("BM", "BN", "BK", "SPLIT_N", "SPLIT_K"), choices, {})
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     y, t = _forward(True, *args)
@@ -112,6 +115,7 @@ def _forward(
     return y, t
 
 
+@planned
 @triton_launch.on_plain_memory
 def backward(
     dz: Tensor,

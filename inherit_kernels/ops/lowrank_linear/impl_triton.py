@@ -15,6 +15,7 @@ from inherit_kernels.common import costs, triton_launch
 from inherit_kernels.common.activation import ACTIVATION_CODES
 from inherit_kernels.common.rows import rows_of
 from inherit_kernels.common.triton_launch import Config, ceil_div, config_for, declines, launch, padded_rank, precision
+from inherit_kernels.common.triton_plan import planned
 from inherit_kernels.common.triton_products import (
     gradient_space,
     options_of,
@@ -41,11 +42,13 @@ def tuning_space(kernel: str, bits: int, BR: int) -> list[Config]:
     return gradient_space(bits, BR) if kernel == "weight_gradient" else two_stage_space(bits, BR)
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward(*args: Any) -> Tensor:
     return _forward(False, *args)[0]
 
 
+@planned
 @triton_launch.on_plain_memory
 def forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(True, *args)
@@ -68,6 +71,7 @@ def _forward(
     return y, t
 
 
+@planned
 @triton_launch.on_plain_memory
 def backward(
     dz: Tensor,
