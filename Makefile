@@ -29,7 +29,7 @@ test-python: $(READY)
 test-kernels: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_native.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py tests/ops/test_triton_plan.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "double_backward and lowrank_linear-triton and not gated"
 
 # Everything, two halves side by side again: what is only sampled above, each synchronisation removed in turn, sanitizers, every
@@ -47,7 +47,7 @@ test-full-compiled: $(READY)
 
 test-full-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py tests/ops/test_triton_plan.py
 
 # An installed wheel under each pair of a Python and a torch, ten minutes a pair; `python tests/matrix.py --help` for fewer.
 matrix:

@@ -9,7 +9,7 @@ noted; later ones allocate, put their own tensors in the places of the first's, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -75,8 +75,17 @@ def _kind_of(args: Sequence[Any]) -> Any:
 def _served(tensor: Tensor) -> bool:
     """Whether launches of this tensor may be remembered: on the current CUDA device, or interpreted."""
     if tensor.is_cuda:
-        return tensor.get_device() == torch.cuda.current_device()
+        return tensor.get_device() == torch.cuda.current_device() and _known_triton()
     return interpreting()
+
+
+@cache
+def _known_triton() -> bool:
+    """Whether compiled kernels are started as here: Triton 3.6 to 3.9 (read in both ends' sources)."""
+    import triton
+
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return major == 3 and 6 <= minor <= 9
 
 
 class _OtherWork(TorchDispatchMode):
