@@ -35,7 +35,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     A backward uses the backend of its forward. A compiled function keeps the backend in force while it was compiled.
 
     Args:
-        name: "reference", "unfused", "native", "triton" or None.
+        name: "reference", "unfused", "blas", "native", "triton" or None.
 
     Raises:
         ValueError: no op has a backend of that name. An op call inside the block raises the declining sentence when the

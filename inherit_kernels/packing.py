@@ -78,7 +78,7 @@ def bind(
     Args:
         op: the op's name.
         weights: a `Packed` of this op, or the tensor arguments after `x` and before `residual`.
-        backend: what computes: "native", "unfused", "reference". Packed panels are for "native".
+        backend: what computes: "native", "unfused", "reference"; on a GPU "blas" or "triton". Packed panels are for "native".
         options: the op's keywords, such as `activation="relu"`, `stride=2`.
 
     Raises:
