@@ -1,19 +1,23 @@
 // Products with cuBLASLt's epilogues on CUDA tensors. Needs no CUDA toolkit: the library is the one that torch loaded.
+#include <mutex>
+
 #include "cuda/tensors.h"
 #include "inherit_kernels/cuda/fused_product.h"
 
 namespace inherit_kernels::cuda {
 namespace {
 
-// A thread's own: plans hold the pointer of the last bias.
+// Of the process, and never freed: at its end the library may be gone before.
 FusedProducts* products() {
-  static thread_local FusedProducts* made = cublaslt::loaded() ? new FusedProducts(*cublaslt::loaded()) : nullptr;
+  static FusedProducts* made = cublaslt::loaded() ? new FusedProducts(*cublaslt::loaded()) : nullptr;
   return made;
 }
 
 // Runs the product; false where cuBLASLt is not there or has no algorithm for it.
 bool run(const Product& p, const Tensor& like, const Context& context) {
   if (!products()) return false;
+  static std::mutex one_at_a_time;  // a plan holds the bias of the call that runs
+  std::lock_guard<std::mutex> lock(one_at_a_time);
   const Plan& plan = products()->plan_for(p, context.index);
   if (!plan.possible) return false;
   int64_t bytes = static_cast<int64_t>(plan.found.workspace_bytes);

@@ -18,7 +18,7 @@ from inherit_kernels import _native
 from inherit_kernels.common.conv import memory_format_of
 from inherit_kernels.common.costs import blended, rates_of
 from inherit_kernels.common.tables import read_table
-from inherit_kernels.common.triton_launch import hint
+from inherit_kernels.common.triton_launch import REFERENCE_GPU, hint
 from inherit_kernels.registry import OPS, Backend, OpSpec, Problem
 
 CHOICES_KEPT = 4096  # per op; a server that sees every length once must not grow without end
@@ -179,7 +179,6 @@ def _table(op: str, slug: str) -> list[dict[str, Any]]:
 
 
 NEAREST = 3  # measurements that a prediction is blended from
-REFERENCE_GPU = "nvidia-h200"  # its measurements say what other devices without any reach of a model
 
 
 def predicted(spec: OpSpec, problem: Problem, candidates: Sequence[str]) -> dict[str, float]:
@@ -187,14 +186,14 @@ def predicted(spec: OpSpec, problem: Problem, candidates: Sequence[str]) -> dict
 
     Empty where nothing comparable was measured: for training, for a dtype without measurements.
     """
-    entries = _comparable(problem)
-    if problem.device.type != "cuda" or problem.training or not entries or not problem.sizes:
+    if problem.device.type != "cuda" or problem.training or not problem.sizes:
         return {}
     slug = device_slug(problem.device)
-    here, there = (
-        _rates(problem.device, slug),
-        _rates(problem.device, slug if _table(problem.op, slug) else REFERENCE_GPU),
-    )
+    tabled = slug if _table(problem.op, slug) else REFERENCE_GPU
+    entries = _comparable(problem, tabled)
+    if not entries:
+        return {}
+    here, there = _rates(problem.device, slug), _rates(problem.device, tabled)
     times = {}
     for name in candidates:
         estimate = getattr(spec.backends[name], "estimate", None)
@@ -212,10 +211,8 @@ def predicted(spec: OpSpec, problem: Problem, candidates: Sequence[str]) -> dict
 _rates = cache(rates_of)
 
 
-def _comparable(problem: Problem) -> list[tuple[Problem, dict[str, Any]]]:
-    """The measured entries of the problem's op, dtype and mode, each with the problem that was timed."""
-    slug = device_slug(problem.device)
-    table = _table(problem.op, slug) or (_table(problem.op, REFERENCE_GPU) if problem.device.type == "cuda" else [])
+def _comparable(problem: Problem, slug: str) -> list[tuple[Problem, dict[str, Any]]]:
+    """A GPU's entries of the problem's op, dtype and mode, each with the problem that was timed."""
     return [
         (
             replace(
@@ -227,7 +224,7 @@ def _comparable(problem: Problem) -> list[tuple[Problem, dict[str, Any]]]:
             ),
             entry,
         )
-        for entry in table
+        for entry in _table(problem.op, slug)
         if entry["dtype"] == _measured_dtype(problem) and entry["training"] == problem.training
     ]
 

@@ -1,7 +1,7 @@
 """Everything that a GPU lent for minutes should be asked, in one command; prepared where there is none.
 
 `prepare` fills Triton's cache with what will be timed, in the order of its worth, and packs it with the CUDA library (built by
-benchmarks/gpu.sh). `run` unpacks, then goes through `STAGES`, each a process of its own with a share of the time that is
+benchmarks/gpu.sh). `run` unpacks, then goes through `stages`, each a process of its own with a share of the time that is
 left; after each it writes `page.txt`, what a person reads, and `results.tar.gz`, everything.
 """
 
@@ -26,7 +26,6 @@ CACHE = Path("/tmp/inherit_kernels_lease/triton")  # Triton keeps absolute paths
 ARCHIVE = ROOT / "build" / "lease" / "lease.tar.xz"
 WORK = ROOT / "build" / "lease" / "work"  # what the stages write; `results.tar.gz` holds it
 MOST_BYTES = 45 << 20
-SLUG = "nvidia-h200"  # whose configurations are prepared
 ARCH = 90
 FAILED_BEFORE = "test_heads or test_ranks or one_compilation or one_graph or aotinductor or padding"
 
@@ -105,7 +104,7 @@ def compile_job(job: tuple[Any, ...]) -> tuple[int, int]:
     from inherit_kernels.tune_tables import LAYOUTS
 
     op, case, dtype, training, backend, forced = job
-    triton_launch._slug = lambda device: SLUG  # as on the device that is meant
+    triton_launch._slug = lambda device: triton_launch.REFERENCE_GPU  # as on the device that is meant
     try:
         with triton_launch.forced_configs(forced):
             launches = record(op, case, dtype, training, LAYOUTS["cuda"], backend)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from benchmarks.baselines import layers
 from benchmarks.baselines.setting import Runner, Setting
 from benchmarks.gpu.cases import COMPILED, FAST, SLOW, Item
-from inherit_kernels.common.heads import gate_of, scale_by_gate, side_by_side
+from inherit_kernels.common.heads import gate_of, scaled_rows, side_by_side
 
 Make = Callable[[Sequence[Setting], "str | None"], list[Runner]]  # the second: the compiler to use in a rehearsal
 
@@ -109,10 +109,7 @@ def _concat(weights: Sequence[Any], x: Tensor, residual: Tensor | None) -> Tenso
     """[g_1 t … g_H t g]·[up_1 … up_H biasᵀ]ᵀ with the weights side by side beforehand."""
     down, up, gate_weight, gate_bias, activation = weights
     t = F.linear(x, down)
-    g = gate_of(t, gate_weight, gate_bias)
-    scaled = scale_by_gate(t, g)
-    padding = up.shape[1] - scaled.shape[1]
-    z = F.linear(torch.cat((scaled, F.pad(g, (0, padding - g.shape[1]))), 1) if padding else scaled, up)
+    z = F.linear(scaled_rows(t, gate_of(t, gate_weight, gate_bias), up.shape[1]), up)
     return layers.ACTIVATIONS[activation](z if residual is None else z + residual)
 
 
@@ -127,9 +124,7 @@ def _compiled_concat_gemm(settings: Sequence[Setting], compiler: str | None) -> 
 
 def _concat_weights(setting: Setting) -> list[Any]:
     inputs: Any = setting.inputs
-    up, bias = side_by_side(inputs["up"]), inputs["bias"]
-    if bias is not None:  # more columns of the one product, to a multiple of eight
-        up = torch.cat((up, F.pad(bias.t(), (0, -bias.shape[0] % 8))), 1)
+    up = side_by_side(inputs["up"], inputs["bias"], multiple=8)
     gate = [inputs[name] for name in ("gate_weight", "gate_bias")]
     return [inputs["down"], up.contiguous(), *gate, setting.options.get("activation")]
 

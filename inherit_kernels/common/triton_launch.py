@@ -29,7 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SERVES = {"cuda": DTYPES}
 PROVEN = {"cuda": "interpreted on CPU; compiled for sm_80 and sm_90"}
 CONFIGS = Path(__file__).parents[1] / "configs"
-HOPPER = "nvidia-h200"  # whose measured configurations serve every device of compute capability 9.0 without any
+REFERENCE_GPU = (
+    "nvidia-h200"  # whose measurements serve devices without any: configurations on Hopper, the model everywhere
+)
 SHIPPED = "triton"  # configs/<op>/triton.json: checked against the limits of sm_80 and sm_90, measured on none
 
 Config = dict[str, int]
@@ -266,7 +268,7 @@ def _slug(device: torch.device) -> str:
         return SHIPPED
     own = torch.cuda.get_device_name(device).lower().replace(" ", "-")
     tabled = any(path.stem == own for path in CONFIGS.glob("*/*.json"))
-    return HOPPER if not tabled and torch.cuda.get_device_capability(device) == (9, 0) else own
+    return REFERENCE_GPU if not tabled and torch.cuda.get_device_capability(device) == (9, 0) else own
 
 
 @cache

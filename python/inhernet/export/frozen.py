@@ -24,7 +24,7 @@ class Frozen:
     _run: Callable[..., Any] | None
     _channels_last: bool
     _form: str
-    _graphs: CudaGraphs | None
+    _graphs: CudaGraphs | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._graphs is not None:
@@ -70,6 +70,8 @@ class _Leaf(Frozen):
     """A replaced layer or a folded BatchNorm: one tensor in, one out."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs(self._run, (input,), {})  # type: ignore[arg-type]
         return self._run(input)  # type: ignore[misc]
 
 

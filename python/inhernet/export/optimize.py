@@ -148,7 +148,8 @@ def _replace_layers(
 ) -> nn.Module:
     for site in sites:
         form = forms[site.name]
-        freeze(base.get_submodule(site.name), form.run, form.name, leaf=True)
+        whole = saved.cuda_graph and not site.name  # the model is this one layer
+        freeze(base.get_submodule(site.name), form.run, form.name, leaf=True, cuda_graph=whole)
         if site.batchnorm is not None:
             freeze(base.get_submodule(site.batchnorm), identity, "folded", leaf=True)
     if isinstance(base, Frozen):  # a single layer
@@ -240,15 +241,16 @@ class _Search:
                 fast = apply(_twin(self.base), report)
                 output = self._last_of_calls(fast)
             except RuntimeError:
-                if not channels_last or not any(not other for other, _ in self.ways):
+                if not channels_last or all(other for other, _ in self.ways):
                     raise
                 continue  # a forward that calls view() wants contiguous images
             if self._same(output):
                 variants[name] = fast
         as_given = replace(report, kept="given", channels_last=False, cuda_graph=False)
         if any(cuda_graph for _, cuda_graph in self.ways):
-            kept = replace(as_given, cuda_graph=True)
-            variants["given, in a CUDA graph"] = apply(_twin(self.base), kept)
+            in_graph = apply(_twin(self.base), replace(as_given, cuda_graph=True))
+            if self._same(self._last_of_calls(in_graph)):
+                variants["given, in a CUDA graph"] = in_graph
         calls = {name: self.example.bound(run) for name, run in {"given": given, **variants}.items()}
         found = self._medians(calls, max(self.seconds * 5, 0.05))
         mine = [name for name in variants if result(variants[name]).kept == "optimised"]

@@ -133,7 +133,7 @@ class Optimization:
             say(f"whole model, {name}: {value:.3f} ms" + (f" ({base / value:.2f}×)" if name != "given" else ""))
         graph = " in a CUDA graph" if self.cuda_graph else ""
         if self.kept == "given":
-            say(f"kept the model as it was given{graph}: no variant was faster, or gave the same outputs")
+            say(f"kept the model as it was given{graph}: no other variant was faster, or gave the same outputs")
         else:
             layout = ", images channels-last" if self.channels_last else ""
             how = "traced and rewritten" if self.traced else f"layers replaced one by one, because {self.untraced}"

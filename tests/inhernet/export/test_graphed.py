@@ -233,3 +233,14 @@ def test_the_caller_decides_about_graphs(cuda_graph, on_gpu, monkeypatch):
 def test_a_cpu_has_no_graphs():
     fast = inhernet.optimize(Network().eval(), torch.randn(2, 3, 8, 8), cuda_graph=True, seconds=0.005, show=False)
     assert fast._graphs is None and not fast.optimization.cuda_graph
+
+
+def test_a_single_layer_runs_in_a_graph_too(on_gpu, captures, monkeypatch):
+    fastest(monkeypatch, "optimised, in a CUDA graph")
+    layer, inputs = LowRankLinear(6, 5, 3).eval(), [torch.randn(4, 6) for _ in range(4)]
+    fast = inhernet.optimize(layer, inputs[0], cuda_graph=True, seconds=0.01, show=False)
+    with torch.no_grad():
+        outputs = [fast(x) for x in inputs]
+        for x, y in zip(inputs, outputs, strict=True):
+            torch.testing.assert_close(y, layer(x))
+    assert fast.optimization.cuda_graph and any(fast._graphs._graphs.values())
