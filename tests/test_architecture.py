@@ -21,8 +21,10 @@ OPS = sorted(path.name for path in (ROOT / "inherit_kernels" / "ops").iterdir() 
 # inhernet, lowest first: a layer may import what stands before it, never what stands after it.
 LAYERS = [
     "atomic",
+    "fingerprint",
     "config",
     "models",
+    "layers",
     "nn",
     "decompose",
     "export",

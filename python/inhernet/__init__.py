@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nn as nn
     from .checkpoint import load, save
-    from .config import EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
-    from .decompose import Plan, inherit, plan, summary, verify
+    from .config import EnergyBudget, InheritConfig, ParamBudget, RefineConfig, UniformRank, UniformRatio
+    from .decompose import Plan, inherit, plan, refine_blocks, summary, verify
     from .export import Optimization, optimize
 
 _HOME = {
@@ -22,9 +22,11 @@ _HOME = {
     "UniformRatio": "config",
     "EnergyBudget": "config",
     "ParamBudget": "config",
+    "RefineConfig": "config",
     "Plan": "decompose",
     "plan": "decompose",
     "inherit": "decompose",
+    "refine_blocks": "decompose",
     "verify": "decompose",
     "summary": "decompose",
     "Optimization": "export",
@@ -40,12 +42,14 @@ __all__ = [
     "Optimization",
     "ParamBudget",
     "Plan",
+    "RefineConfig",
     "UniformRank",
     "UniformRatio",
     "inherit",
     "load",
     "optimize",
     "plan",
+    "refine_blocks",
     "save",
     "summary",
     "verify",

@@ -25,6 +25,7 @@ import inherit_kernels
 from . import architecture, atomic
 from .decompose import Plan
 from .export import Optimization, restore
+from .layers import open_layers
 from .nn import LowRankModule, empty_like_dense
 from .pretrained import warn_of_pretrained
 
@@ -317,6 +318,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _swap_layers(model: nn.Module, plan: Any, path: Path) -> nn.Module:
     """Put empty low-rank modules where the plan has them; the name "" is the model itself."""
+    model = open_layers(model, [layer.name for layer in plan.layers if layer.reason is None])
     for layer in plan.layers:
         if layer.reason is not None:
             continue

@@ -307,6 +307,38 @@ class InheritConfig:
         return cls.from_dict(json.loads(text))
 
 
+@dataclass(frozen=True)
+class RefineConfig:
+    """How an inherited model's blocks are refined against the teacher's (`inherit(refine=)`).
+
+    Args:
+        steps: of Adam in each block, 32 samples each.
+        lr: of the first step; the last is 0, along a cosine.
+        seconds: about so long in all; each block gets an equal share of what is left, its schedule compressed.
+            None: as long as the steps take.
+        seed: of the order of the samples and of those held out.
+        state: a directory where each finished block is written at once: started again with the same arguments, the blocks
+            that are there are taken over. It may be deleted afterwards.
+
+    Raises ValueError naming the field, its value and what was expected.
+
+    Example: ``RefineConfig(steps=100, seconds=60)``.
+    """
+
+    steps: int = 300
+    lr: float = 1e-3
+    seconds: float | None = None
+    seed: int = 0
+    state: str | None = None
+
+    def __post_init__(self) -> None:
+        _need_int("RefineConfig.steps", self.steps, 1)
+        _need_int("RefineConfig.seed", self.seed, 0)
+        _need_fraction("RefineConfig.lr", self.lr)
+        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
+            _refuse("RefineConfig.seconds", self.seconds, "None or a number above 0")
+
+
 def _frozen(rule: Any) -> Any:
     return MappingProxyType(dict(rule)) if isinstance(rule, Mapping) else rule
 

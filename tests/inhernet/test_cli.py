@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from inhernet import load, nn
-from inhernet.cli import main, need_finite
+from inhernet.cli import main
+from inhernet.cli.train import need_finite
 from inhernet.distill.state import load_state
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -134,6 +134,11 @@ def _norms(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether there are running statistics that new weights need anew."""
+    return bool(_norms(model))
+
+
 def _state(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 

@@ -215,7 +215,7 @@ def _one_batch(
                 "init='fisher' found no floating output that depends on the selected layers; pass output_fn= name one"
             )
         for index in range(projections):
-            terms = [_project(name, tensor, masks, generator, scales) for name, tensor in targets]
+            terms = [project(name, tensor, masks, generator, scales) for name, tensor in targets]
             torch.autograd.grad(
                 torch.stack(terms).sum(), leaves, retain_graph=index + 1 < projections, allow_unused=True
             )
@@ -224,7 +224,7 @@ def _one_batch(
             handle.remove()
 
 
-def _project(
+def project(
     name: str, tensor: Tensor, masks: list[Tensor], generator: torch.Generator, scales: dict[str, float]
 ) -> Tensor:
     """Inner product with a Gaussian direction, zero on padded tokens, over the tensor's RMS in its first batch."""

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import InheritConfig
+from ..config import InheritConfig, RefineConfig
+from ..layers import open_layers
 from ..nn import LowRankModule, empty_like_dense, fill_published_, from_dense
 from ..pretrained import warn_of_pretrained
 from .batches import copied, reusable
-from .batchnorm import check_batchnorm, reestimate_batchnorm
+from .batchnorm import check_batchnorm, has_batchnorm, reestimate_batchnorm
 from .calibration import collect_moments
 from .factorise import random_factors
 from .layers import LayerPlan
 from .planning import factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
+from .refine import refine_blocks
 from .selection import check_teacher
 
 
@@ -32,6 +34,7 @@ def inherit(
     *,
     check_hash: bool = True,
     batchnorm: bool = True,
+    refine: RefineConfig | bool = True,
 ) -> nn.Module:
     """Convert a teacher. The teacher is untouched; the result keeps its device, dtypes, flags and module names.
 
@@ -40,14 +43,18 @@ def inherit(
         plan_or_config: a `Plan` (its ranks are followed to the letter), or a configuration, which is planned first.
         calibration: batches as for `plan`. Needed when a configuration or a plan without statistics asks for
             "activation" or "fisher".
-        output_fn: as for `plan`; used only where statistics are collected here.
+        output_fn: as for `plan`, whose own is used where this is None.
         check_hash: refuse a plan made for other weights.
         batchnorm: re-estimate BatchNorm statistics from the calibration batches, or from those the plan was made with
             while it is still in memory (on the digits network: 51–73 % → 95 % before any training). False keeps the
             teacher's: for calibration data that is not like what the teacher was trained on.
+        refine: adjust the factors, block by block, to what the teacher's blocks compute (see `refine_blocks`), with the
+            calibration batches or those the plan was made with; a `RefineConfig` sets steps, time and a directory to resume
+            from. MiniLM at 50 %: cosine 0.90 → 0.95 in a minute and a half. False: factors as they were decomposed.
 
     Returns:
-        A new model with attribute `inhernet_plan`, the plan without its statistics.
+        A new model with attributes `inhernet_plan`, the plan without its statistics, and `inhernet_refinement`, what
+        refinement did to each block (None without).
 
     Raises:
         TypeError: the teacher is no `nn.Module`.
@@ -68,34 +75,61 @@ def inherit(
     if isinstance(plan_or_config, Plan):
         result = plan_or_config
         check_teacher(teacher)
-        _check(result, teacher, check_hash)
-        _complete(result, teacher, calibration, output_fn)
+        _check_hash(result, teacher, check_hash)
+        opened = open_layers(teacher)
+        _check_shapes(result, opened)
+        _complete(result, opened, calibration, output_fn)
     else:
         result = plan(teacher, plan_or_config, calibration, output_fn)
+        opened = open_layers(teacher)
     if not result.factorised:
         why = Counter(layer.reason for layer in result.selected or result).most_common(1)[0]
         warnings.warn(
             f"nothing was factorised, the result is a copy of the teacher: {why[0]} ({why[1]} of {len(result)} layers)",
             stacklevel=2,
         )
-    model = copied(teacher)
+    # Open where a layer is factorised; what the plan leaves dense stays as the teacher has it.
+    model = copied(open_layers(teacher, [layer.name for layer in result.factorised]))
     for layer in result.factorised:
-        model = _replace(model, layer.name, _module(model.get_submodule(layer.name), layer, result, teacher))
+        model = _replace(model, layer.name, _module(model.get_submodule(layer.name), layer, result, opened))
     batches = result.calibration if calibration is None else calibration
     if batchnorm and batches is not None and result.factorised and reestimate_batchnorm(model, batches):
         check_batchnorm(teacher, batches)
     setattr(model, "inhernet_plan", result.bare())  # noqa: B010  (mypy takes a plain assignment for a tensor)
+    if batches is None and result.statistics and result.factorised:
+        _warn_of_missing_data(model, bool(refine), batchnorm)
+    refinement = None
+    if refine and batches is not None and result.factorised:
+        config = refine if isinstance(refine, RefineConfig) else None
+        refinement = refine_blocks(model, teacher, batches, config, output_fn or result.output_fn)
+    setattr(model, "inhernet_refinement", refinement)  # noqa: B010
     return warn_of_pretrained(model)
 
 
-def _check(result: Plan, teacher: nn.Module, check_hash: bool) -> None:
+def _warn_of_missing_data(model: nn.Module, refine: bool, batchnorm: bool) -> None:
+    """A plan from a file brings the statistics of its calibration data, not the data."""
+    missing = ["blocks are not refined"] * refine
+    if batchnorm and has_batchnorm(model):
+        missing.append("BatchNorm keeps the teacher's statistics, which do not fit the new weights")
+    if missing:
+        warnings.warn(
+            f"the plan's calibration data is not at hand (a saved plan does not hold it), so {' and '.join(missing)}; pass "
+            "calibration= (`inhernet convert --data`), or say that it is meant: refine=False, batchnorm=False",
+            stacklevel=3,
+        )
+
+
+def _check_hash(result: Plan, teacher: nn.Module, check_hash: bool) -> None:
     result.check()
     if check_hash and weights_hash(teacher) != result.teacher_hash:
         raise ValueError(
             "plan: teacher_hash does not match the teacher's weights: the plan was made for another model or another "
             "state of it; plan again, or pass check_hash=False if the ranks are meant for these weights"
         )
-    modules = dict(teacher.named_modules())
+
+
+def _check_shapes(result: Plan, opened: nn.Module) -> None:
+    modules = dict(opened.named_modules())
     for layer in result.factorised:
         module = modules.get(layer.name)
         found = (

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import Budget, EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
+from ..layers import open_layers
 from .allocate import energy_rank, global_ranks, grid_of, ratio_rank, uniform_ranks
 from .batches import device_of, reusable
 from .calibration import Key, collect_moments
@@ -28,9 +29,10 @@ def plan(
     *,
     statistics: Plan | None = None,
 ) -> Plan:
-    """Decide for every linear layer and 2-D convolution whether it is factorised, and at which rank. A dry run.
+    """Decide for every linear layer and convolution whether it is factorised, and at which rank. A dry run.
 
-    Matrices of other layers are listed with the reason why they stay dense.
+    Packed attention, transposed weights, experts and 1-D convolutions are listed as the layers they are opened into (see
+    `inhernet.layers`); matrices of other modules with the reason why they stay dense.
 
     Args:
         model: the teacher; flags, buffers and gradients are untouched.
@@ -60,7 +62,8 @@ def plan(
     calibration = None if calibration is None else reusable(calibration)
     check_teacher(model)
     config = replace(config, device=config.device or device_of(model).type)
-    digest = weights_hash(model)
+    digest, total = weights_hash(model), sum(p.numel() for p in model.parameters())
+    model = open_layers(model)
     if statistics is not None:
         _reusable_statistics(statistics, calibration, digest)
     measured = calibration is not None or statistics is not None
@@ -81,20 +84,20 @@ def plan(
     ):
         raise ValueError("allocation='fisher' needs calibration data; pass calibration=, or use allocation='uniform'")
     chosen = _drop_unreached(chosen, moments or {})
-    total = sum(p.numel() for p in model.parameters())
     names = [layer.name for layer, _ in pairs if layer.kind != "other"]
     matches = {f"rules {k!r}": hits(k, names) for k in config.rules if k != "_default"}
     matches |= {f"exclude {k!r}": hits(k, names) for k in config.exclude}
     result = Plan([layer for layer, _ in pairs], config, digest, total, matches, moments)
     result.calibration = calibration if statistics is None else statistics.calibration
+    result.output_fn = output_fn if statistics is None else statistics.output_fn
     if statistics is not None and _shrinkage(config) == _shrinkage(statistics.config):
         result.factors = dict(statistics.factors)
     for layer, _ in chosen:
         needed = missing_moments(layer, moments)
         if needed:
             raise ValueError(f"layer {layer.name!r}: {needed}")
-    open_layers = [(layer, rule) for layer, rule in chosen if _explicit(layer, rule, config)]
-    _spend(result, model, open_layers, default_init)
+    free = [(layer, rule) for layer, rule in chosen if _explicit(layer, rule, config)]
+    _spend(result, model, free, default_init)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,10 @@ class Plan:
     model_params: int
     matches: dict[str, int] = field(default_factory=dict)
     statistics: dict[Key, Moments] | None = None
-    # In memory only: factors already computed, and the batches BatchNorm is re-estimated from.
+    # In memory only: factors already computed, and the batches that BatchNorm is re-estimated from and blocks are refined on.
     factors: dict[str, tuple[str, Factors]] = field(default_factory=dict, repr=False, compare=False)
     calibration: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    output_fn: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> LayerPlan:
         for layer in self.layers:

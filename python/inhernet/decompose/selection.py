@@ -11,20 +11,19 @@ import torch
 from torch import nn
 
 from ..config import InheritConfig, match_rule
+from ..layers import why_closed
 from .layers import LayerPlan
 
 _DECOMPOSED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# torch's own containers that read `.weight` of these children instead of calling them.
-_READ_DIRECTLY = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
 # Modules with matrices that no op here computes, and why; the first that fits speaks.
 _NOT_SERVED: tuple[tuple[type, str], ...] = (
     (nn.Embedding, "a table that is looked up, not multiplied"),
     (nn.EmbeddingBag, "a table that is looked up, not multiplied"),
-    (nn.MultiheadAttention, "nn.MultiheadAttention reads its fused projection directly"),
+    (nn.MultiheadAttention, "a subclass of nn.MultiheadAttention, which may read its packed projection directly"),
     (nn.RNNBase, "a recurrent layer runs in torch's fused kernel, which reads its weights directly"),
     (nn.RNNCellBase, "a recurrent cell reads its weights directly"),
-    (nn.Conv1d, "1-D convolution; 2-D ones are served"),
-    (nn.Conv3d, "3-D convolution; 2-D ones are served"),
+    (nn.Conv1d, "1-D convolution that is not torch's own class"),
+    (nn.Conv3d, "3-D convolution; 1-D and 2-D ones are served"),
     (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
     (nn.Bilinear, "bilinear: two inputs"),
 )
@@ -48,7 +47,7 @@ def candidates(model: nn.Module, config: InheritConfig) -> list[tuple[LayerPlan,
     if found:
         check_matches(config, names)
     shared = _shared(model)
-    pairs = [_candidate(name, module, model, config, shared) for name, module in found]
+    pairs = [_candidate(name, module, config, shared) for name, module in found]
     others = [(layer, None) for layer in _others(model)]
     if not any(layer.selected for layer, _ in pairs):
         raise ValueError(_nothing(model, [layer for layer, _ in (*pairs, *others)]))
@@ -95,6 +94,9 @@ def _others(model: nn.Module) -> list[LayerPlan]:
 
 
 def _why_not_served(module: nn.Module, parameter: nn.Parameter) -> str:
+    closed = why_closed(module)
+    if closed is not None:
+        return closed
     for kind, why in _NOT_SERVED:
         if isinstance(module, kind):
             return why
@@ -123,13 +125,9 @@ def hits(key: str, names: list[str]) -> int:
 
 
 def _kind(module: Any) -> str | None:
-    if isinstance(module, nn.Linear) or _is_transposed(module):
+    if isinstance(module, nn.Linear):
         return "linear"
     return "conv2d" if isinstance(module, nn.Conv2d) else None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
@@ -152,18 +150,14 @@ def _shared(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _candidate(
-    name: str, module: Any, model: nn.Module, config: InheritConfig, shared: Mapping[str, str]
-) -> tuple[LayerPlan, Any]:
+def _candidate(name: str, module: Any, config: InheritConfig, shared: Mapping[str, str]) -> tuple[LayerPlan, Any]:
     kind = _kind(module) or ""
     weight = module.weight
     rows, columns = weight.shape[0], weight[0].numel() if weight.numel() else 0
-    if _is_transposed(module):
-        rows, columns = columns, rows
     layer = LayerPlan(name, kind, (rows, columns), getattr(module, "bias", None) is not None)
     if kind == "conv2d":
         layer.kernel_size = tuple(module.kernel_size)
-    impossible = _impossible(name, module, model, shared)
+    impossible = _impossible(name, module, shared)
     if impossible:
         return layer.keep_dense(impossible, fixed=True), None
     key = match_rule(config.rules, name)
@@ -176,15 +170,9 @@ def _candidate(
     return layer, rule
 
 
-def _impossible(name: str, module: Any, model: nn.Module, shared: Mapping[str, str]) -> str | None:
-    if _is_transposed(module):
-        return "transformers' Conv1D stores its weight transposed; not supported"
+def _impossible(name: str, module: Any, shared: Mapping[str, str]) -> str | None:
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} is a subclass: its owner may read the weight directly"
-    parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-    for owner, children in _READ_DIRECTLY.items():
-        if isinstance(parent, owner) and name.rpartition(".")[2] in children:
-            return f"nn.{owner.__name__} reads this layer's weight directly"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return _made_of(module)
     if module.weight.dtype not in _DECOMPOSED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import contents
 from .state import rng_state, set_rng_state
 
 
@@ -42,13 +42,6 @@ def identify(
             else contents([type(teacher).__qualname__, teacher.state_dict()]),
         },
     )
-
-
-def contents(value: Any) -> str:
-    """Hash of the tensors and plain values in a state dict or a batch: keys, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()
 
 
 def name_of(loss: Any) -> str:
@@ -87,23 +80,3 @@ def same_first_batch(loader: Iterable[Any], saved: str | None, rng: dict[str, Te
 
 def _layers(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, f"{tuple(tensor.shape)} {tensor.dtype}") for name, tensor in sorted(model.state_dict().items())]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(f"{key}:".encode())
-            _feed(digest, item)
-    elif isinstance(value, (tuple, list)):
-        digest.update(f"[{len(value)}]".encode())
-        for item in value:
-            _feed(digest, item)
-    elif value is None or isinstance(value, (str, bytes, bool, int, float)):
-        digest.update(repr(value).encode())
-    else:  # what it holds is not known, and its repr may be an address
-        digest.update(type(value).__qualname__.encode())

@@ -17,12 +17,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from inhernet.console import Steps, progress
 from inhernet.decompose.batches import copied, floating_outputs
 from inhernet.decompose.rows import batches_of, length_of, target_of
+from inhernet.fingerprint import contents
 from inhernet.nn import LowRankModule
 
 from . import state as checkpoints
 from .batches import default_forward, outside_inference, to_device
 from .guards import Interrupted, caught_signals, evaluating
-from .identity import Identity, contents, identify, same_first_batch
+from .identity import Identity, identify, same_first_batch
 from .losses import Loss
 
 Validate = Callable[[nn.Module], Mapping[str, float]]

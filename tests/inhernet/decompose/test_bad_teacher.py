@@ -60,10 +60,10 @@ def test_every_matrix_is_in_the_plan_with_its_reason():
     model = nn.ModuleDict(
         {
             "word": nn.Embedding(10, 8),
-            "conv": nn.Conv1d(8, 8, 3),
+            "conv": nn.Conv3d(8, 8, 3),
             "deconv": nn.ConvTranspose2d(8, 8, 3),
             "lstm": nn.LSTM(8, 8),
-            "attention": nn.MultiheadAttention(8, 2),
+            "attention": nn.MultiheadAttention(8, 2, add_bias_kv=True),
             "experts": Experts(),
             "linear": nn.Linear(8, 8),
             "norm": nn.LayerNorm(8),
@@ -73,11 +73,11 @@ def test_every_matrix_is_in_the_plan_with_its_reason():
     reasons = {layer.name: layer.reason for layer in plan}
     for name, reason in {
         "word.weight": "looked up",
-        "conv.weight": "1-D convolution",
+        "conv.weight": "3-D convolution",
         "deconv.weight": "transposed convolution",
         "lstm.weight_ih_l0": "recurrent layer",
         "lstm.weight_hh_l0": "recurrent layer",
-        "attention.in_proj_weight": "fused projection",
+        "attention.in_proj_weight": "a learned or zero key of its own",
         "experts.up": "4 experts in one tensor",
     }.items():
         assert reason in reasons.pop(name)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .decompose.rows import length_of
+from ..decompose.rows import length_of
 
 TEACHER_HELP = "hf:DIR (a transformers directory), or package.module:function returning an nn.Module"
 DATA_HELP = (
@@ -125,7 +125,7 @@ def data(spec: str) -> Data:
         UsageError: a spec or result that does not fit; ModuleNotFoundError: digits without scikit-learn.
     """
     if spec == "digits":
-        from .demos.digits_data import digits
+        from ..demos.digits_data import digits
 
         images = digits()
         return Data(images.train, images.calibration, images.val, images.test)

@@ -1,0 +1,92 @@
+"""`inhernet convert`: write an inherited network."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from inhernet.console import say, table
+
+from .options import OVERWRITE_HELP, Command, add_config, add_teacher, need_free
+from .plan import make_plan, show_plan
+
+
+def add(command: Command) -> None:
+    parser = command("convert", run, "write an inherited network")
+    add_teacher(parser)
+    add_config(parser)
+    parser.add_argument("--plan", metavar="DIR", help="follow a plan that `inhernet plan --out` wrote")
+    parser.add_argument("--keep-batchnorm", action="store_true", help="leave BatchNorm statistics as the teacher's: for "
+                         "data that is not like its training's")  # fmt: skip
+    parser.add_argument("--no-refine", action="store_true", help="leave the factors as decomposed; default: with --data, "
+                        "each block is adjusted to the teacher's, going on where an interrupted run stopped")  # fmt: skip
+    parser.add_argument("--refine-steps", type=int, default=300, metavar="N", help="per block (default: 300)")
+    parser.add_argument("--refine-seconds", type=float, metavar="S", help="at most about so long in all")
+    parser.add_argument("--out", metavar="DIR", required=True, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import inhernet
+    from inhernet.config import RefineConfig
+    from inhernet.decompose import Plan
+
+    from . import specs
+
+    teacher_directory = arguments.teacher.removeprefix("hf:") if arguments.teacher.startswith("hf:") else None
+    need_free(arguments.out, arguments, teacher_directory, arguments.weights, arguments.plan)
+    if arguments.plan:
+        blank = argparse.ArgumentParser(add_help=False)
+        add_config(blank)
+        for name, default in vars(blank.parse_args([])).items():
+            if name != "data" and getattr(arguments, name) != default:
+                raise specs.UsageError(f"--{name} is given beside --plan, which has decided it: leave one of them out")
+        try:
+            plan = Plan.load(arguments.plan)
+        except FileNotFoundError as error:
+            raise specs.UsageError(
+                f"--plan is {arguments.plan!r}, which has no plan.json: write one with `inhernet plan --out`"
+            ) from error
+        teacher = specs.teacher(arguments.teacher, arguments.weights)
+    else:
+        teacher, plan = make_plan(arguments)
+    calibration = specs.data(arguments.data).calibration if arguments.data else None
+    started = time.perf_counter()
+    # Beside the directory, as a training run's: it goes on there until the model is written.
+    out = Path(arguments.out).resolve()
+    state = out.parent / f"{out.name}.refining"
+    refine = False if arguments.no_refine else RefineConfig(
+        steps=arguments.refine_steps, seconds=arguments.refine_seconds, seed=plan.config.seed, state=str(state)
+    )  # fmt: skip
+    model = inhernet.inherit(
+        teacher, plan, calibration=calibration, batchnorm=not arguments.keep_batchnorm, refine=refine
+    )
+    show_plan(plan)
+    show_refinement(model.inhernet_refinement)
+    factory = None
+    if not hasattr(teacher, "inhernet_factory") and not arguments.teacher.startswith("hf:"):
+        factory = specs.function_of(arguments.teacher, "TEACHER")
+    inhernet.save(model, arguments.out, factory=factory)
+    shutil.rmtree(state, ignore_errors=True)
+    say(f"converted in {time.perf_counter() - started:.1f} s; written to {arguments.out}")
+
+
+def show_refinement(refinement: Any) -> None:
+    """What became of each block, as a table that fits the window; nothing where nothing was refined."""
+    if refinement is None:
+        return
+
+    def change(pair: tuple[float, float]) -> str:
+        return f"{pair[0]:.4f} → {pair[1]:.4f}" if math.isfinite(pair[0]) else ""
+
+    rows = [
+        (b.name, b.layers, b.steps, change(b.held_out), change(b.elsewhere), b.why or "") for b in refinement.blocks
+    ]
+    columns = ("block", "layers", "steps", "error, held out", "error, other data", "why it kept what it had")
+    changed = sum(block.why is None for block in refinement.blocks)
+    title = f"refined in {refinement.seconds:.0f} s: {changed} of {len(rows)} blocks; errors of the network's output"
+    table(title, columns, rows, left=(0, 5))
