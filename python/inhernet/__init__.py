@@ -11,17 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import models as models
     from . import nn as nn
+    from .budgets import (
+        EnergyBudget,
+        FidelityBudget,
+        LatencyBudget,
+        MacBudget,
+        ParamBudget,
+        UniformRank,
+        UniformRatio,
+    )
     from .checkpoint import load, save
-    from .config import EnergyBudget, InheritConfig, ParamBudget, RefineConfig, UniformRank, UniformRatio
+    from .config import InheritConfig, RefineConfig
     from .decompose import Plan, inherit, plan, refine_blocks, summary, verify
     from .export import Optimization, optimize
 
 _HOME = {
     "InheritConfig": "config",
-    "UniformRank": "config",
-    "UniformRatio": "config",
-    "EnergyBudget": "config",
-    "ParamBudget": "config",
+    "UniformRank": "budgets",
+    "UniformRatio": "budgets",
+    "EnergyBudget": "budgets",
+    "ParamBudget": "budgets",
+    "MacBudget": "budgets",
+    "LatencyBudget": "budgets",
+    "FidelityBudget": "budgets",
     "RefineConfig": "config",
     "Plan": "decompose",
     "plan": "decompose",
@@ -38,7 +50,10 @@ _HOME = {
 # Without `models` and `nn`: `from inhernet import *` must not shadow torch's.
 __all__ = [
     "EnergyBudget",
+    "FidelityBudget",
     "InheritConfig",
+    "LatencyBudget",
+    "MacBudget",
     "Optimization",
     "ParamBudget",
     "Plan",

@@ -324,13 +324,7 @@ def _swap_layers(model: nn.Module, plan: Any, path: Path) -> nn.Module:
             continue
         try:
             dense = model.get_submodule(layer.name)
-            module = empty_like_dense(
-                dense,
-                layer.rank,
-                heads=layer.heads,
-                gate=layer.gate,
-                head_bias="always" if layer.head_bias else "source",
-            )
+            module = empty_like_dense(dense, layer.rank, **layer.form)
             if not layer.name:
                 return module
             parent, _, child = layer.name.rpartition(".")

@@ -6,145 +6,20 @@ Everything here is a frozen dataclass that survives a trip through JSON. Nothing
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
+
+from .budgets import Budget, ParamBudget, budget_from_dict, budget_to_dict
+from .checks import is_int, is_number, known_keys, need_fraction, need_int, refuse
 
 CONFIG_VERSION = 1
 INITS = ("svd", "activation", "fisher", "random", "published")
 ALLOCATIONS = ("auto", "fisher", "uniform")
-MOST = 2**40  # of every count and seed: what a computation with them can hold
 LAYER_KINDS = ("linear", "conv2d")
 RULE_KEYS = ("rank", "ratio", "heads", "init")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_int(value) and abs(value) <= MOST) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _refuse(where: str, value: object, expected: str) -> None:
-    raise ValueError(f"{where} is {value!r}; expected {expected}")
-
-
-def _need_int(where: str, value: Any, least: int) -> None:
-    if not _is_int(value) or value < least:
-        _refuse(where, value, f"an integer of at least {least}")
-    if value > MOST:
-        _refuse(where, value, f"an integer of at most {MOST:,}")
-
-
-def _need_fraction(where: str, value: Any, top: float = 1.0) -> None:
-    if not _is_number(value) or not 0.0 < value <= top:
-        _refuse(where, value, f"a number above 0 and at most {top:g}")
-
-
-def _known_keys(where: str, data: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    unknown = sorted(set(data) - set(allowed))
-    if unknown:
-        _refuse(where, unknown[0], f"one of the keys {', '.join(allowed)}")
-
-
-@dataclass(frozen=True)
-class UniformRank:
-    """The same rank for every selected layer; a layer whose break-even is not above it stays dense.
-
-    Example: ``UniformRank(16)``.
-    """
-
-    rank: int
-    kind: ClassVar[str] = "uniform_rank"
-
-    def __post_init__(self) -> None:
-        _need_int("UniformRank.rank", self.rank, 1)
-
-
-@dataclass(frozen=True)
-class UniformRatio:
-    """Every selected layer keeps at most `ratio` of its own parameters, heads, gate and biases counted.
-
-    Example: ``UniformRatio(0.5)``.
-    """
-
-    ratio: float
-    kind: ClassVar[str] = "uniform_ratio"
-
-    def __post_init__(self) -> None:
-        _need_fraction("UniformRatio.ratio", self.ratio)
-
-
-@dataclass(frozen=True)
-class EnergyBudget:
-    """Every layer takes the smallest rank that keeps `energy` of its squared singular values.
-
-    The singular values are those of the initialisation's own weighting (plain, activation or fisher).
-    Example: ``EnergyBudget(0.95)``.
-    """
-
-    energy: float
-    kind: ClassVar[str] = "energy"
-
-    def __post_init__(self) -> None:
-        _need_fraction("EnergyBudget.energy", self.energy)
-
-
-@dataclass(frozen=True)
-class ParamBudget:
-    """A number of parameters, given out globally; the total never exceeds it.
-
-    `amount`: a float in (0, 1] is a fraction of the dense parameters (weights and biases) of the selected layers
-    (``of="selected"``) or of the whole model (``of="model"``: everything that is not selected counts too); an integer
-    above 1 is an absolute number of parameters of the same. What rules fix is counted first; where rules fix every
-    layer the budget is idle. Example: ``ParamBudget(0.5)``, ``ParamBudget(400_000, "model")``.
-    """
-
-    amount: float | int
-    of: str = "selected"
-    kind: ClassVar[str] = "params"
-
-    def __post_init__(self) -> None:
-        if _is_int(self.amount) and 1 < self.amount <= MOST:
-            pass
-        elif not _is_number(self.amount) or not 0.0 < self.amount <= 1.0:
-            _refuse(
-                "ParamBudget.amount", self.amount, f"a fraction above 0 and at most 1, or an integer from 2 to {MOST:,}"
-            )
-        if self.of not in ("selected", "model"):
-            _refuse("ParamBudget.of", self.of, "'selected' or 'model'")
-
-    def target(self, dense: int) -> int:
-        """Parameters allowed when `dense` is the dense count of what the budget is about."""
-        if _is_int(self.amount) and self.amount > 1:
-            return int(self.amount)
-        return math.floor(self.amount * dense + 1e-6)
-
-
-Budget = UniformRank | UniformRatio | EnergyBudget | ParamBudget
-_BUDGETS: dict[str, type] = {b.kind: b for b in (UniformRank, UniformRatio, EnergyBudget, ParamBudget)}
-
-
-def budget_to_dict(budget: Budget) -> dict[str, Any]:
-    """The budget as plain JSON data; `kind` says which one it is."""
-    return {"kind": budget.kind, **asdict(budget)}
-
-
-def budget_from_dict(data: Mapping[str, Any]) -> Budget:
-    """The inverse of `budget_to_dict`. Raises ValueError for an unknown kind, key or value."""
-    if not isinstance(data, Mapping) or data.get("kind") not in list(_BUDGETS):  # a list: the kind may be unhashable
-        _refuse("budget", data, f"an object whose 'kind' is one of {', '.join(_BUDGETS)}")
-    cls = _BUDGETS[data["kind"]]
-    values = {k: v for k, v in data.items() if k != "kind"}
-    names = tuple(f.name for f in fields(cls))
-    _known_keys(f"budget of kind {data['kind']!r}", values, names)
-    if names[0] not in values:
-        _refuse(f"budget of kind {data['kind']!r}", dict(values), f"an object with the key {names[0]!r}")
-    return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -155,7 +30,8 @@ class InheritConfig:
     Args:
         heads: up projections per layer. At equal budget three heads halve the rank, so one head keeps most without
             training; recipes that train set 3.
-        budget: `UniformRank`, `UniformRatio`, `EnergyBudget` or `ParamBudget`.
+        budget: what it may cost: a `ParamBudget`, `MacBudget`, `LatencyBudget`, `FidelityBudget`, `UniformRank`,
+            `UniformRatio` or `EnergyBudget`.
         init: "svd", "activation", "fisher", "random", "published", or None (fisher with calibration data, svd without).
         gate: "auto" (a gate exactly when heads > 1), True or False.
         rules: ``{key: value}`` in order of precedence exact name, then "re:pattern" (whole name, in the order given),
@@ -214,36 +90,36 @@ class InheritConfig:
 
     def __post_init__(self) -> None:
         for name in ("heads", "rank_step", "projections", "max_moment"):
-            _need_int(name, getattr(self, name), 1)
+            need_int(name, getattr(self, name), 1)
         if self.round_to != "auto":
-            _need_int("round_to", self.round_to, 1)
+            need_int("round_to", self.round_to, 1)
         if not (self.device is None or (isinstance(self.device, str) and self.device.isalpha())):
-            _refuse("device", self.device, "None or a type of device, 'cpu' or 'cuda'")
+            refuse("device", self.device, "None or a type of device, 'cpu' or 'cuda'")
         for name in ("min_params", "seed"):
-            _need_int(name, getattr(self, name), 0)
-        if not isinstance(self.budget, tuple(_BUDGETS.values())):
-            _refuse("budget", self.budget, "a UniformRank, UniformRatio, EnergyBudget or ParamBudget")
+            need_int(name, getattr(self, name), 0)
+        if not isinstance(self.budget, Budget):
+            refuse("budget", self.budget, "a budget such as ParamBudget(0.5)")
         if self.init is not None and self.init not in INITS:
-            _refuse("init", self.init, f"None or one of {', '.join(INITS)}")
+            refuse("init", self.init, f"None or one of {', '.join(INITS)}")
         if not (isinstance(self.gate, bool) or self.gate == "auto"):
-            _refuse("gate", self.gate, "'auto', True or False")
+            refuse("gate", self.gate, "'auto', True or False")
         if self.gate is False and self.heads > 1:
-            _refuse("gate", self.gate, f"'auto' or True with heads={self.heads}: several heads need a gate to mix them")
+            refuse("gate", self.gate, f"'auto' or True with heads={self.heads}: several heads need a gate to mix them")
         if self.allocation not in ALLOCATIONS:
-            _refuse("allocation", self.allocation, f"one of {', '.join(ALLOCATIONS)}")
+            refuse("allocation", self.allocation, f"one of {', '.join(ALLOCATIONS)}")
         if self.head_bias not in ("source", "always"):
-            _refuse("head_bias", self.head_bias, "'source' or 'always'")
+            refuse("head_bias", self.head_bias, "'source' or 'always'")
         if not isinstance(self.break_even, bool):
-            _refuse("break_even", self.break_even, "True or False")
+            refuse("break_even", self.break_even, "True or False")
         if self.filter_fn is not None and not callable(self.filter_fn):
-            _refuse("filter_fn", self.filter_fn, "None or a callable (module, name) -> bool")
+            refuse("filter_fn", self.filter_fn, "None or a callable (module, name) -> bool")
         for name in ("noise", "shrinkage_input", "shrinkage_output"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
-                _refuse(name, value, "a finite number of at least 0")
+            if not is_number(value) or value < 0:
+                refuse(name, value, "a finite number of at least 0")
         self._check_names()
         if not isinstance(self.rules, Mapping):
-            _refuse("rules", self.rules, "a mapping from names or patterns to rules")
+            refuse("rules", self.rules, "a mapping from names or patterns to rules")
         for key, rule in self.rules.items():
             _check_pattern("rules", key)
             _check_rule(f"rules[{key!r}]", rule)
@@ -254,12 +130,12 @@ class InheritConfig:
         for name in ("exclude", "layers"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) for v in value):
-                _refuse(name, value, "a sequence of strings")
+                refuse(name, value, "a sequence of strings")
             object.__setattr__(self, name, tuple(value))
         for pattern in self.exclude:
             _check_pattern("exclude", pattern)
         if not self.layers or set(self.layers) - set(LAYER_KINDS):
-            _refuse("layers", self.layers, f"one or both of {', '.join(LAYER_KINDS)}")
+            refuse("layers", self.layers, f"one or both of {', '.join(LAYER_KINDS)}")
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -289,11 +165,11 @@ class InheritConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> InheritConfig:
         """The inverse of `to_dict`. Raises ValueError for another version, an unknown key or a bad value."""
         if not isinstance(data, Mapping):
-            _refuse("configuration", data, "a JSON object")
+            refuse("configuration", data, "a JSON object")
         if data.get("version") != CONFIG_VERSION:
-            _refuse("version", data.get("version"), f"{CONFIG_VERSION} (the format this release writes)")
+            refuse("version", data.get("version"), f"{CONFIG_VERSION} (the format this release writes)")
         names = tuple(f.name for f in fields(cls))
-        _known_keys("configuration", data, ("version", *names))
+        known_keys("configuration", data, ("version", *names))
         values = {k: v for k, v in data.items() if k not in ("version", "filter_fn")}
         if "budget" in values:
             values["budget"] = budget_from_dict(values["budget"])
@@ -332,11 +208,11 @@ class RefineConfig:
     state: str | None = None
 
     def __post_init__(self) -> None:
-        _need_int("RefineConfig.steps", self.steps, 1)
-        _need_int("RefineConfig.seed", self.seed, 0)
-        _need_fraction("RefineConfig.lr", self.lr)
-        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
-            _refuse("RefineConfig.seconds", self.seconds, "None or a number above 0")
+        need_int("RefineConfig.steps", self.steps, 1)
+        need_int("RefineConfig.seed", self.seed, 0)
+        need_fraction("RefineConfig.lr", self.lr)
+        if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
+            refuse("RefineConfig.seconds", self.seconds, "None or a number above 0")
 
 
 def _frozen(rule: Any) -> Any:
@@ -345,35 +221,35 @@ def _frozen(rule: Any) -> Any:
 
 def _check_pattern(where: str, key: Any) -> None:
     if not isinstance(key, str) or not key:
-        _refuse(f"a key of {where}", key, "a layer name, 're:pattern' or '_default'")
+        refuse(f"a key of {where}", key, "a layer name, 're:pattern' or '_default'")
     if key.startswith("re:"):
         try:
             re.compile(key[3:])
         except (re.error, OverflowError, RecursionError) as error:
-            _refuse(f"a pattern of {where}", key, f"a valid regular expression after 're:' ({error})")
+            refuse(f"a pattern of {where}", key, f"a valid regular expression after 're:' ({error})")
 
 
 def _check_rule(where: str, rule: Any) -> None:
     if rule is None:
         return
-    if _is_int(rule):
-        _need_int(where, rule, 1)
+    if is_int(rule):
+        need_int(where, rule, 1)
     elif isinstance(rule, float):
-        _need_fraction(where, rule)
+        need_fraction(where, rule)
     elif isinstance(rule, Mapping):
-        _known_keys(where, rule, RULE_KEYS)
+        known_keys(where, rule, RULE_KEYS)
         if "rank" in rule and "ratio" in rule:
-            _refuse(where, dict(rule), "rank or ratio, not both")
+            refuse(where, dict(rule), "rank or ratio, not both")
         if "rank" in rule:
-            _need_int(f"{where}['rank']", rule["rank"], 1)
+            need_int(f"{where}['rank']", rule["rank"], 1)
         if "ratio" in rule:
-            _need_fraction(f"{where}['ratio']", rule["ratio"])
+            need_fraction(f"{where}['ratio']", rule["ratio"])
         if "heads" in rule:
-            _need_int(f"{where}['heads']", rule["heads"], 1)
+            need_int(f"{where}['heads']", rule["heads"], 1)
         if "init" in rule and rule["init"] not in INITS:
-            _refuse(f"{where}['init']", rule["init"], f"one of {', '.join(INITS)}")
+            refuse(f"{where}['init']", rule["init"], f"one of {', '.join(INITS)}")
     else:
-        _refuse(
+        refuse(
             where, rule, "None, a rank (int), a share of the parameters (float) or a dict of rank, ratio, heads, init"
         )
 

@@ -8,15 +8,8 @@ import pickle
 
 import pytest
 
-from inhernet.config import (
-    EnergyBudget,
-    InheritConfig,
-    ParamBudget,
-    UniformRank,
-    UniformRatio,
-    budget_from_dict,
-    match_rule,
-)
+from inhernet.budgets import EnergyBudget, ParamBudget, UniformRank, UniformRatio, budget_from_dict
+from inhernet.config import InheritConfig, match_rule
 
 FULL = InheritConfig(
     heads=3,

@@ -44,6 +44,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--rank", type=int, help="the same rank everywhere")
     size.add_argument("--ratio", type=float, help="share of each layer's parameters")
     size.add_argument("--energy", type=float, help="share of the squared singular values to keep in each layer")
+    size.add_argument("--macs", type=float, help="share of the multiply-accumulates, or a count above 1; needs --data")
+    size.add_argument("--latency", type=float, metavar="SHARE", help="of the teacher's time here; needs --data")
+    size.add_argument("--milliseconds", type=float, metavar="MS", help="time of one call here; needs --data")
+    size.add_argument("--error", type=float, help="the smallest network whose output is at most so far from the teacher's, "
+                      "before refinement; needs --data")  # fmt: skip
     parser.add_argument("--of", choices=("selected", "model"), default="selected", help="what --budget is a share of")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where the network will run: a GPU gets ranks that it "
                         "multiplies fast (default: cpu)")  # fmt: skip
@@ -58,7 +63,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def config_of(arguments: argparse.Namespace) -> InheritConfig:
     """The configuration that the options describe (ValueError naming a bad one)."""
-    from inhernet.config import EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
+    from inhernet.budgets import (
+        EnergyBudget,
+        FidelityBudget,
+        LatencyBudget,
+        MacBudget,
+        ParamBudget,
+        UniformRank,
+        UniformRatio,
+    )
+    from inhernet.config import InheritConfig
 
     if arguments.rank is not None:
         budget: Any = UniformRank(arguments.rank)
@@ -66,13 +80,24 @@ def config_of(arguments: argparse.Namespace) -> InheritConfig:
         budget = UniformRatio(arguments.ratio)
     elif arguments.energy is not None:
         budget = EnergyBudget(arguments.energy)
+    elif arguments.macs is not None:
+        budget = MacBudget(_share_or_count(arguments.macs))
+    elif arguments.latency is not None:
+        budget = LatencyBudget(arguments.latency)
+    elif arguments.milliseconds is not None:
+        budget = LatencyBudget(arguments.milliseconds, "ms")
+    elif arguments.error is not None:
+        budget = FidelityBudget(arguments.error)
     else:
-        amount = 0.5 if arguments.budget is None else arguments.budget
-        budget = ParamBudget(int(amount) if amount > 1 and amount == int(amount) else amount, of=arguments.of)
+        budget = ParamBudget(_share_or_count(0.5 if arguments.budget is None else arguments.budget), of=arguments.of)
     return InheritConfig(
         heads=arguments.heads, budget=budget, init=arguments.init, exclude=tuple(arguments.exclude), seed=arguments.seed,
         device=arguments.device,
     )  # fmt: skip
+
+
+def _share_or_count(amount: float) -> float | int:
+    return int(amount) if amount > 1 and amount == int(amount) else amount
 
 
 def need_free(out: str | os.PathLike[str], arguments: argparse.Namespace, *inputs: str | None) -> None:

@@ -171,11 +171,7 @@ def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> L
     # A seed per name: a layer's numbers do not depend on which others are converted.
     generator = torch.Generator().manual_seed(result.config.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
     rank = layer.rank or 1  # never None here: only factorised layers come
-    form: dict[str, Any] = {
-        "heads": layer.heads,
-        "gate": layer.gate,
-        "head_bias": "always" if layer.head_bias else "source",
-    }
+    form: dict[str, Any] = layer.form
     if layer.init == "published":
         return fill_published_(empty_like_dense(dense, rank, **form), dense, generator)
     if layer.init == "random":

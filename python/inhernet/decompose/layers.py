@@ -85,6 +85,11 @@ class LayerPlan:
         return (heads if self.gate else 0) + (heads * rows if self.head_bias else 0)
 
     @property
+    def form(self) -> dict[str, Any]:
+        """What `from_dense` takes beside the rank."""
+        return {"heads": self.heads, "gate": self.gate, "head_bias": "always" if self.head_bias else "source"}
+
+    @property
     def params(self) -> int:
         return self.dense_params if self.rank is None else self.cost(self.rank)
 

@@ -13,8 +13,8 @@ from .batches import batch_size, model_inputs, reusable, token_masks
 
 # Samples per step; a loader's larger batches are cut, so that a step costs about the same whatever they are.
 PIECE = 32
-# One of so many pieces is held out, to see whether a block has become better and not only used to its data.
-HELD_OUT = 8
+# One of so many pieces is held out, to see whether the network has become better and not only used to its data; and at most.
+HELD_OUT, MOST_HELD_OUT = 8, 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ def pieces_of(calibration: Iterable[Any], device: torch.device, seed: int) -> li
     size = min(PIECE, max(1, samples // HELD_OUT))
     cut = [piece for inputs in batches for piece in _cut(inputs, size)]
     generator = torch.Generator().manual_seed(seed)
-    held = set(torch.randperm(len(cut), generator=generator)[: max(1, len(cut) // HELD_OUT)].tolist())
+    held = set(
+        torch.randperm(len(cut), generator=generator)[: min(max(1, len(cut) // HELD_OUT), MOST_HELD_OUT)].tolist()
+    )
     pieces = [Piece(p, token_masks(p), "held out" if i in held else "train") for i, p in enumerate(cut)]
     others = [unlike(cut[i], generator) for i in sorted(held)]
     return pieces + [Piece(p, token_masks(p), "elsewhere") for p in others]

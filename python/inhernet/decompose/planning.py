@@ -8,14 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from ..config import Budget, EnergyBudget, InheritConfig, ParamBudget, UniformRank, UniformRatio
+from ..budgets import EnergyBudget, UniformRank, UniformRatio
+from ..budgets.allocate import grid_of
+from ..budgets.base import Decision
+from ..budgets.uniform import at_ratio
+from ..config import InheritConfig
 from ..layers import open_layers
-from .allocate import energy_rank, global_ranks, grid_of, ratio_rank, uniform_ranks
 from .batches import device_of, reusable
 from .calibration import Key, collect_moments
 from .factorise import Factors, Moments, plain_factors, weighted_factors
 from .layers import LayerPlan
 from .plans import Plan, weights_hash
+from .scene import PlanScene
 from .selection import candidates, check_teacher, hits
 
 NEEDS = ("activation", "fisher")
@@ -28,6 +32,7 @@ def plan(
     output_fn: Callable[[Any], Any] | None = None,
     *,
     statistics: Plan | None = None,
+    example_inputs: Any = None,
 ) -> Plan:
     """Decide for every linear layer and convolution whether it is factorised, and at which rank. A dry run.
 
@@ -43,6 +48,8 @@ def plan(
             `lambda out: out.last_hidden_state`; for a classifier judged by KL, `lambda z: z.softmax(-1).sqrt()`.
         statistics: an earlier plan of the same teacher whose second moments (and data for BatchNorm) are used again, so
             that several budgets cost one pass over the data.
+        example_inputs: a batch as the network will be called with, for budgets of multiply-accumulates or time (default: the
+            first of calibration).
 
     Returns:
         A `Plan`: print it, edit it, save it, hand it to `inherit`.
@@ -77,10 +84,7 @@ def plan(
     if calibration is not None:
         moments = _collect(model, chosen, config, calibration, output_fn)
     elif (
-        not measured
-        and _allocation(config, default_init) == "fisher"
-        and isinstance(config.budget, ParamBudget)
-        and default_init != "fisher"
+        not measured and _allocation(config, default_init) == "fisher" and _shares(config) and default_init != "fisher"
     ):
         raise ValueError("allocation='fisher' needs calibration data; pass calibration=, or use allocation='uniform'")
     chosen = _drop_unreached(chosen, moments or {})
@@ -92,12 +96,13 @@ def plan(
     result.output_fn = output_fn if statistics is None else statistics.output_fn
     if statistics is not None and _shrinkage(config) == _shrinkage(statistics.config):
         result.factors = dict(statistics.factors)
+    result.times = {} if statistics is None else statistics.times
     for layer, _ in chosen:
         needed = missing_moments(layer, moments)
         if needed:
             raise ValueError(f"layer {layer.name!r}: {needed}")
     free = [(layer, rule) for layer, rule in chosen if _explicit(layer, rule, config)]
-    _spend(result, model, free, default_init)
+    _spend(result, model, [layer for layer, _ in free], default_init, example_inputs)
     return result
 
 
@@ -110,6 +115,11 @@ def _reusable_statistics(statistics: Plan, calibration: Iterable[Any] | None, di
         raise ValueError(
             "statistics is a plan for other weights (teacher_hash differs); collect them again with calibration="
         )
+
+
+def _shares(config: InheritConfig) -> bool:
+    """Whether the budget is one for all layers together."""
+    return not isinstance(config.budget, (UniformRank, UniformRatio, EnergyBudget))
 
 
 def _shrinkage(config: InheritConfig) -> dict[str, float]:
@@ -139,7 +149,7 @@ def _collect(
     calibration: Iterable[Any],
     output_fn: Callable[[Any], Any] | None,
 ) -> dict[Key, Moments] | None:
-    fisher_ranks = isinstance(config.budget, ParamBudget) and config.allocation == "fisher"
+    fisher_ranks = _shares(config) and config.allocation == "fisher"
     inits = {layer.name: {layer.init, "fisher"} if fisher_ranks else {layer.init} for layer, _ in chosen}
     needs = [(name, init) for name, wanted in inits.items() for init in NEEDS if init in wanted]
     if not needs:
@@ -180,78 +190,30 @@ def _explicit(layer: LayerPlan, rule: Any, config: InheritConfig) -> bool:
             raise ValueError(
                 f"rules: layer {layer.name!r}: {problem}; ask for a smaller rank, None (dense), or break_even=False"
             )
-        _assign(layer, rule, config)
+        _decide(layer, rule, config)
     else:
-        _assign_ratio(layer, rule, config)
+        _decide(layer, at_ratio(layer, rule, config.break_even, grid_of(config.round_to, config.device)), config)
     return False
 
 
-def _assign(layer: LayerPlan, rank: int | None, config: InheritConfig, why: str = "the budget leaves it dense") -> None:
-    problem = why if rank is None else layer.refusal(rank, config.break_even)
+def _decide(layer: LayerPlan, decision: Decision, config: InheritConfig) -> None:
+    problem = decision if isinstance(decision, str) else layer.refusal(decision, config.break_even)
     if problem:
         layer.keep_dense(problem)
-    else:
-        layer.rank = rank
+    elif isinstance(decision, int):
+        layer.rank = decision
 
 
-def _assign_ratio(layer: LayerPlan, ratio: float, config: InheritConfig) -> None:
-    rank = ratio_rank(layer, ratio, config.break_even, grid_of(config.round_to, config.device))
-    if rank == 0:
-        layer.keep_dense(f"not even rank 1 fits in {100 * ratio:g} % of {layer.dense_params:,} parameters")
-    else:
-        _assign(
-            layer,
-            rank,
-            config,
-            f"at {100 * ratio:g} % of its parameters the rank reaches break-even {layer.break_even}",
-        )
-
-
-def _spend(result: Plan, model: nn.Module, pairs: list[tuple[LayerPlan, Any]], default_init: str) -> None:
-    layers, config = [layer for layer, _ in pairs], result.config
-    budget: Budget = config.budget
-    grid = grid_of(config.round_to, config.device)
-    if isinstance(budget, UniformRank):
-        for layer in layers:
-            _assign(layer, budget.rank if config.round_to == "auto" else grid.below(budget.rank), config)
-    elif isinstance(budget, UniformRatio):
-        for layer in layers:
-            _assign_ratio(layer, budget.ratio, config)
-    elif isinstance(budget, EnergyBudget):
-        for layer in layers:
-            rank = energy_rank(factors_of(result, model, layer).spectrum, budget.energy)
-            _assign(layer, grid.above(rank), config)
-    else:
-        _spend_params(result, model, layers, budget, default_init)
+def _spend(result: Plan, model: nn.Module, layers: list[LayerPlan], default_init: str, example_inputs: Any) -> None:
+    config = result.config
+    shared = _allocation(config, default_init) == "fisher"
+    scene = PlanScene(result, model, layers, shared, factors_of, example_inputs)
+    decisions = config.budget.spend(scene)
+    for layer in layers:
+        if layer.name in decisions:
+            _decide(layer, decisions[layer.name], config)
     for layer in result.factorised:
         layer.kept = _kept(result, layer)
-
-
-def _spend_params(
-    result: Plan, model: nn.Module, layers: list[LayerPlan], budget: ParamBudget, default_init: str
-) -> None:
-    config, grid = result.config, grid_of(result.config.round_to, result.config.device)
-    after, before = result.selected_params
-    settled = after - sum(layer.dense_params for layer in layers)  # what explicit rules have already spent
-    if budget.of == "model":
-        allowed = budget.target(result.model_params) - (result.model_params - before) - settled
-    else:
-        allowed = budget.target(before) - settled
-    if not layers:
-        return  # the rules have fixed every rank: nothing is left to give out
-    if _allocation(config, default_init) == "fisher":
-        odd = next((layer for layer in layers if (layer.name, "fisher") not in (result.statistics or {})), None)
-        if odd is not None:
-            raise ValueError(
-                f"layer {odd.name!r} has init={odd.init!r}, whose energy is no currency of the global allocation; "
-                "set allocation='fisher' to measure every layer, or allocation='uniform'"
-            )
-        spectra = {layer.name: factors_of(result, model, layer, "fisher").spectrum for layer in layers}
-        ranks = global_ranks(layers, spectra, allowed, config.break_even, grid, config.rank_step)
-    else:
-        ranks = uniform_ranks(layers, allowed, config.break_even, grid)
-    for layer in layers:
-        _assign(layer, ranks[layer.name], config)
 
 
 def factors_of(result: Plan, model: nn.Module, layer: LayerPlan, init: str | None = None) -> Factors:

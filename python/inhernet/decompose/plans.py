@@ -53,10 +53,12 @@ class Plan:
     model_params: int
     matches: dict[str, int] = field(default_factory=dict)
     statistics: dict[Key, Moments] | None = None
-    # In memory only: factors already computed, and the batches that BatchNorm is re-estimated from and blocks are refined on.
+    # In memory only: factors and times already computed, and the batches that BatchNorm is re-estimated from and blocks are
+    # refined on.
     factors: dict[str, tuple[str, Factors]] = field(default_factory=dict, repr=False, compare=False)
     calibration: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     output_fn: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
+    times: dict[Any, list[tuple[int, float]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> LayerPlan:
         for layer in self.layers:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import InheritConfig, ParamBudget, RefineConfig
+from ..budgets import ParamBudget
+from ..config import InheritConfig, RefineConfig
 from ..console import say, table
 from ..decompose import Plan, inherit, plan, refine_blocks
 from .everyday_sentences import EVERYDAY_SENTENCES

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from inhernet.decompose.allocate import FAST, Grid, energy_rank, global_ranks, grid_of, ratio_rank, uniform_ranks
+from inhernet.budgets.allocate import FAST, Grid, energy_rank, global_ranks, grid_of, ratio_rank, uniform_ranks
 from inhernet.decompose.layers import LayerPlan
 
 

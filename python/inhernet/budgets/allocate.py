@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .layers import LayerPlan
+# Cost, kept squared singular values, rank (None: dense).
+_Point = tuple[float, float, "int | None"]
 
-# Cost in parameters, kept squared singular values, rank (None: dense).
-_Point = tuple[int, float, "int | None"]
+
+class Layer(Protocol):
+    """What is looked at of a layer: a matrix `[N, K]` that may get a rank."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None
+    heads: int
+    gate: bool
+
+    @property
+    def dense_params(self) -> int: ...
+    @property
+    def break_even(self) -> int: ...
+    def cost(self, rank: int) -> int: ...
+    def largest_rank(self, params: float) -> int: ...
+    def limit(self, guard: bool) -> int: ...
+
+
+#: What a layer costs at a rank (None: dense), in the unit of a budget.
+Price = Callable[[Layer, "int | None"], float]
+
+
+def params(layer: Layer, rank: int | None) -> int:
+    """The price in parameters."""
+    return layer.dense_params if rank is None else layer.cost(rank)
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,7 @@ def grid_of(round_to: int | str, device: str | None) -> Grid:
     return Grid(((1, round_to),)) if isinstance(round_to, int) else FAST.get(device or "cpu", Grid())
 
 
-def ratio_rank(layer: LayerPlan, ratio: float, guard: bool, grid: Grid = Grid()) -> int | None:
+def ratio_rank(layer: Layer, ratio: float, guard: bool, grid: Grid = Grid()) -> int | None:
     """The largest rank whose cost is at most `ratio` of the dense parameters; None when the layer is dense at that
     ratio.
 
@@ -73,34 +101,36 @@ def energy_rank(spectrum: Tensor, energy: float) -> int:
     return min(int((kept < energy - 1e-12).sum()) + 1, len(squares))
 
 
-def uniform_ranks(layers: list[LayerPlan], allowed: int, guard: bool, grid: Grid) -> dict[str, int | None]:
+def uniform_ranks(
+    layers: Sequence[Layer], allowed: float, guard: bool, grid: Grid, price: Price = params, unit: str = "parameters"
+) -> dict[str, int | None]:
     """One ratio for all layers, the largest whose total is within `allowed`; where ranks move in multiples, what these leave
     goes to the layers farthest below that ratio.
 
     Raises ValueError when even the smallest ranks cost more.
     """
-    floor = {layer.name: _least(layer, guard, grid) for layer in layers}
+    floor = {layer.name: _least(layer, guard, grid, price) for layer in layers}
 
     def at(ratio: float) -> dict[str, int | None]:
         wanted = {layer.name: ratio_rank(layer, ratio, guard, grid) for layer in layers}
         return {name: floor[name] if rank == 0 else rank for name, rank in wanted.items()}
 
-    if _total(layers, at(1.0)) <= allowed:
+    if _total(layers, at(1.0), price) <= allowed:
         return at(1.0)
-    _need(layers, floor, allowed)
+    _need(layers, floor, allowed, price, unit)
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _total(layers, at(middle)) <= allowed else (low, middle)
-    return at(low) if grid == Grid() else _evened_out(layers, at(low), allowed, guard, grid)
+        low, high = (middle, high) if _total(layers, at(middle), price) <= allowed else (low, middle)
+    return at(low) if grid == Grid() else _evened_out(layers, at(low), allowed, guard, grid, price)
 
 
 def _evened_out(
-    layers: list[LayerPlan], ranks: dict[str, int | None], allowed: int, guard: bool, grid: Grid
+    layers: Sequence[Layer], ranks: dict[str, int | None], allowed: float, guard: bool, grid: Grid, price: Price
 ) -> dict[str, int | None]:
     """One more step of the grid to the layer with the smallest share of its parameters, as long as one can be paid."""
-    left = allowed - _total(layers, ranks)
-    queue = [(_price(layer, ranks[layer.name]) / layer.dense_params, i) for i, layer in enumerate(layers)]
+    left = allowed - _total(layers, ranks, price)
+    queue = [(params(layer, ranks[layer.name]) / layer.dense_params, i) for i, layer in enumerate(layers)]
     heapq.heapify(queue)
     while queue:
         place = heapq.heappop(queue)[1]
@@ -108,7 +138,7 @@ def _evened_out(
         rank = ranks[layer.name]
         if rank is None or (above := grid.above(rank + 1)) >= layer.limit(guard):
             continue
-        step = layer.cost(above) - layer.cost(rank)
+        step = price(layer, above) - price(layer, rank)
         if step <= left:
             left, ranks[layer.name] = left - step, above
             heapq.heappush(queue, (layer.cost(above) / layer.dense_params, place))
@@ -116,12 +146,14 @@ def _evened_out(
 
 
 def global_ranks(
-    layers: list[LayerPlan],
+    layers: Sequence[Layer],
     spectra: dict[str, Tensor],
-    allowed: int,
+    allowed: float,
     guard: bool,
     grid: Grid = Grid(),
     rank_step: int = 8,
+    price: Price = params,
+    unit: str = "parameters",
 ) -> dict[str, int | None]:
     """Ranks given out globally: always to the layer whose next ranks keep most per parameter they cost.
 
@@ -132,18 +164,19 @@ def global_ranks(
 
     Raises ValueError when even the smallest ranks cost more than `allowed`.
     """
-    ranks: dict[str, int | None] = {layer.name: _least(layer, guard, grid) for layer in layers}
-    left = allowed - _need(layers, ranks, allowed)
+    ranks: dict[str, int | None] = {layer.name: _least(layer, guard, grid, price) for layer in layers}
+    left = allowed - _need(layers, ranks, allowed, price, unit)
     # Coarse steps look past small dips of a spectrum; single ranks then spend what no coarse step could pay.
     for step in (rank_step, 1):
         points = {
-            layer.name: _points(layer, ranks[layer.name], spectra[layer.name], guard, grid, step) for layer in layers
+            layer.name: _points(layer, ranks[layer.name], spectra[layer.name], guard, grid, step, price)
+            for layer in layers
         }
         left = _give_out(points, ranks, left)
     return ranks
 
 
-def _give_out(points: dict[str, list[_Point]], ranks: dict[str, int | None], left: int) -> int:
+def _give_out(points: dict[str, list[_Point]], ranks: dict[str, int | None], left: float) -> float:
     """Move `ranks` along `points`, best step first, until no step can be paid; returns what is left."""
     at = dict.fromkeys(points, 0)
     queue = [(-slope, name, to) for name in points for slope, to in [_best_step(points[name], 0, left)] if to]
@@ -161,7 +194,7 @@ def _give_out(points: dict[str, list[_Point]], ranks: dict[str, int | None], lef
     return left
 
 
-def _steps(layer: LayerPlan, grid: Grid, rank_step: int, start: int, stop: int) -> list[int]:
+def _steps(layer: Layer, grid: Grid, rank_step: int, start: int, stop: int) -> list[int]:
     """The ranks between `start` and `stop` that a layer moves by: every `rank_step`, but not more than a sixteenth of the
     full rank (a 16-channel convolution moves by single ranks)."""
     step = max(1, min(rank_step, min(layer.shape) // 16))
@@ -172,27 +205,35 @@ def _steps(layer: LayerPlan, grid: Grid, rank_step: int, start: int, stop: int) 
     return [rank for rank in range(start + 1, stop) if rank % grain(rank) == 0]
 
 
-def _least(layer: LayerPlan, guard: bool, grid: Grid) -> int | None:
+def _least(layer: Layer, guard: bool, grid: Grid, price: Price) -> int | None:
     """The smallest sensible rank: the first of the grid, or less in a layer too small for it; None if no rank saves
     anything."""
     limit = layer.limit(guard)
-    return None if limit <= 1 else min(grid.first, limit - 1)
+    least = None if limit <= 1 else min(grid.first, limit - 1)
+    return None if least is not None and price is not params and price(layer, least) >= price(layer, None) else least
 
 
 def _points(
-    layer: LayerPlan, start: int | None, spectrum: Tensor, guard: bool, grid: Grid, rank_step: int
+    layer: Layer, start: int | None, spectrum: Tensor, guard: bool, grid: Grid, rank_step: int, price: Price
 ) -> list[_Point]:
     """From rank `start` on: what the layer may cost, what it then keeps, the rank (None: dense); all increasing."""
+    dense = price(layer, None)
     if start is None:
-        return [(layer.dense_params, 0.0, None)]
+        return [(dense, 0.0, None)]
     kept = torch.cat([spectrum.new_zeros(1), spectrum.square().cumsum(0)]).tolist()
-    ranks = _steps(layer, grid, rank_step, start, layer.limit(guard))
-    points: list[_Point] = [(layer.cost(start), kept[start], start)]
-    points += [(layer.cost(rank), kept[rank], rank) for rank in ranks if layer.cost(rank) < layer.dense_params]
-    return [*points, (layer.dense_params, kept[-1], None)] if points[0][0] < layer.dense_params else points
+    points: list[_Point] = [(price(layer, start), kept[start], start)]
+    for rank in _steps(layer, grid, rank_step, start, layer.limit(guard)):
+        cost = price(layer, rank)
+        if cost >= dense:
+            continue
+        if cost <= points[-1][0]:  # a measured price may stand still: the larger rank for the same
+            points[-1] = (points[-1][0], kept[rank], rank)
+        else:
+            points.append((cost, kept[rank], rank))
+    return [*points, (dense, kept[-1], None)] if points[0][0] < dense else points
 
 
-def _best_step(points: list[_Point], at: int, left: int) -> tuple[float, int]:
+def _best_step(points: list[_Point], at: int, left: float) -> tuple[float, int]:
     """Slope and index of the affordable point with most kept per parameter; the farthest of equals; index 0 if none."""
     best = (0.0, 0)
     for to in range(at + 1, len(points)):
@@ -203,19 +244,16 @@ def _best_step(points: list[_Point], at: int, left: int) -> tuple[float, int]:
     return best
 
 
-def _total(layers: list[LayerPlan], ranks: dict[str, int | None]) -> int:
-    return sum(_price(layer, ranks[layer.name]) for layer in layers)
+def _total(layers: Sequence[Layer], ranks: dict[str, int | None], price: Price) -> float:
+    return sum(price(layer, ranks[layer.name]) for layer in layers)
 
 
-def _price(layer: LayerPlan, rank: int | None) -> int:
-    return layer.dense_params if rank is None else layer.cost(rank)
-
-
-def _need(layers: list[LayerPlan], smallest: dict[str, int | None], allowed: int) -> int:
-    total = _total(layers, smallest)
+def _need(layers: Sequence[Layer], smallest: dict[str, int | None], allowed: float, price: Price, unit: str) -> float:
+    total = _total(layers, smallest, price)
     if total > allowed:
+        counts = [f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in (allowed, total)]
         raise ValueError(
-            f"budget leaves {allowed:,} parameters for the {len(layers)} layers it governs, but the smallest ranks "
-            f"already cost {total:,}; raise the budget, lower heads or round_to, or exclude layers"
+            f"budget leaves {counts[0]} {unit} for the {len(layers)} layers it governs, but the smallest ranks already cost "
+            f"{counts[1]}; raise the budget, lower heads or round_to, or exclude layers"
         )
     return total
