@@ -1,4 +1,4 @@
-"""The command line: `inhernet plan|convert|train|eval|bench|optimize|doctor|demo`, a file for each command.
+"""The command line: `inhernet plan|convert|sweep|train|eval|bench|optimize|doctor|demo`, a file for each command.
 
 Exit status: 0 done, 1 a check failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from inhernet.console import say
 
-from . import bench, convert, demo, doctor, evaluate, optimize, plan, train
+from . import bench, convert, demo, doctor, evaluate, optimize, plan, sweep, train
 
-COMMANDS = (plan, convert, train, evaluate, bench, optimize, doctor, demo)
+COMMANDS = (plan, convert, sweep, train, evaluate, bench, optimize, doctor, demo)
 EPILOG = """\
 TEACHER  hf:DIR (a transformers directory), or package.module:function called without arguments; with
          --weights FILE.safetensors for its weights
@@ -28,6 +28,7 @@ DIR      a directory that `convert` wrote (or `optimize`)
 examples
   inhernet plan inhernet.models:resnet20 --rank 8
   inhernet convert TEACHER --weights W.safetensors --data DATA --budget 0.5 --out DIR
+  inhernet sweep TEACHER --weights W.safetensors --data DATA --out SWEEP
   inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5 --out TRAINED
   inhernet eval TRAINED --teacher TEACHER --weights W.safetensors --data digits
   inhernet bench TRAINED

@@ -10,7 +10,7 @@ from .options import Command
 
 def add(command: Command) -> None:
     parser = command("demo", run, "the whole job on real data")
-    parser.add_argument("name", choices=("digits", "minilm"))
+    parser.add_argument("name", choices=("digits", "minilm", "lm"))
     parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
     parser.add_argument("--seeds", type=int, default=1, help="digits: runs per split")
     parser.add_argument("--splits", type=int, default=1, help="digits: divisions of the images")
@@ -30,6 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
         from inhernet.demos import minilm
 
         minilm.run(out)
+        return 0
+    if arguments.name == "lm":
+        from inhernet.demos import source_model
+
+        source_model.run(out)
         return 0
     from inhernet.demos import digits
 

@@ -33,8 +33,8 @@ def register(
 
     Args:
         opens: whether a module is of this kind. It is asked of every module, so it should look at the type.
-        opened: the replacement, called alike, in the same mode, sharing the module's numbers (as views where the shapes
-            differ); it must not change the module.
+        opened: the replacement, called alike, sharing the module's numbers (as views where the shapes differ); it must not
+            change the module. Hooks of the module are not carried over.
         why_not: why this one cannot be opened, as a sentence, or None.
 
     Example:
@@ -71,7 +71,10 @@ def open_layers(model: nn.Module, within: Iterable[str] | None = None) -> nn.Mod
                 continue
             if any(owners[id(p)] > 1 for p in module.parameters()):
                 continue  # tied to another layer: opened, it would be that no longer
-            fresh = kind.opened(module).train(module.training)
+            modes = {part: part.training for part in module.modules()}
+            fresh = kind.opened(module)
+            for part in fresh.modules():
+                part.training = modes.get(part, module.training)
             result = _placed(result, module, fresh)
     return result
 

@@ -1,0 +1,107 @@
+"""`inhernet convert` with data refines, shows what it did, and loses nothing that is finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import inhernet
+from inhernet.cli import main
+from inhernet.decompose import refine
+
+TEACHER = "inhernet.demos.digits:digits_teacher"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> list[str]:
+    """The teacher's name and weights: a function alone would draw others at each call."""
+    from safetensors.torch import save_file
+
+    from inhernet.demos.digits import digits_teacher
+
+    torch.manual_seed(0)
+    save_file(digits_teacher().state_dict(), tmp_path / "weights.safetensors")
+    return [TEACHER, "--weights", str(tmp_path / "weights.safetensors"), "--data", "digits", "--budget", "0.4"]
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    return inhernet.load(directory).state_dict()
+
+
+def test_blocks_are_refined_and_shown(teacher, tmp_path, capsys):
+    out = [tmp_path / name for name in ("refined", "plain")]
+    assert main(["convert", *teacher, "--refine-steps", "3", "--out", str(out[0])]) == 0
+    shown = capsys.readouterr().out
+    assert "errors of the network's output" in shown
+    assert "layer2.0" in shown
+    assert "→" in shown
+    assert not (tmp_path / "refined.refining").exists()
+    assert main(["convert", *teacher, "--no-refine", "--out", str(out[1])]) == 0
+    assert "errors of the network's output" not in capsys.readouterr().out
+    refined, plain = (state(path) for path in out)
+    assert any(not torch.equal(refined[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_conversion_that_was_stopped_goes_on(teacher, tmp_path, monkeypatch, number, status):
+    command = ["convert", *teacher, "--refine-steps", "8", "--out", str(tmp_path / "stopped")]
+    whole = [*command[:-1], str(tmp_path / "whole")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "inhernet", *command]
+    first = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    finished = tmp_path / "stopped.refining" / "block-0001.safetensors"
+    deadline = time.monotonic() + 120
+    while not finished.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(number)
+    message = first.communicate(timeout=60)[1]
+    assert first.returncode == status
+    assert "Traceback" not in message
+    if number == signal.SIGINT:
+        assert "the same command goes on from there" in message
+    assert not (tmp_path / "stopped").exists()
+    trained = []
+    train = refine._Block._train
+    monkeypatch.setattr(refine._Block, "_train", lambda self, *a: trained.append(self.name) or train(self, *a))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(command) == 0
+        again = list(trained)
+        assert main(whole) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < len(again) <= len(trained) - len(again) - 2
+    found, expected = state(tmp_path / "stopped"), state(tmp_path / "whole")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "stopped.refining").exists()
+
+
+def test_a_saved_plan_without_its_data_says_what_is_missing(teacher, tmp_path, capsys):
+    assert main(["plan", *teacher, "--out", str(tmp_path / "plan")]) == 0
+    capsys.readouterr()
+    named = [*teacher[:3], "--plan", str(tmp_path / "plan")]
+    assert main(["convert", *named, "--out", str(tmp_path / "model")]) == 0
+    error = capsys.readouterr().err
+    assert "blocks are not refined and BatchNorm keeps the teacher's statistics" in error
+    assert "--data" in error
+    silent = ["--no-refine", "--keep-batchnorm", "--out", str(tmp_path / "silent")]
+    assert main(["convert", *named, *silent]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "words"), [("--macs", "MACs"), ("--error", "error"), ("--latency", "speed")])
+def test_budgets_of_other_kinds(teacher, tmp_path, capsys, option, words):
+    amount = {"--macs": "0.5", "--error": "0.3", "--latency": "0.9"}[option]
+    arguments = [*teacher[:-2], option, amount, "--no-refine", "--out", str(tmp_path / "model")]
+    assert main(["convert", *arguments]) == 0
+    assert "layers factorised" in capsys.readouterr().out
+    plan = inhernet.load(tmp_path / "model").inhernet_plan
+    assert plan.config.budget.kind == {"MACs": "macs", "error": "fidelity", "speed": "latency"}[words]
