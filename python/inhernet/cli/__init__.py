@@ -21,12 +21,14 @@ COMMANDS = (plan, convert, sweep, train, evaluate, bench, optimize, doctor, demo
 EPILOG = """\
 TEACHER  hf:DIR (a transformers directory), or package.module:function called without arguments; with
          --weights FILE.safetensors for its weights
-DATA     digits, or package.module:function returning (train, val), (train, val, test), a mapping with these keys,
-         or one iterable of batches (x, target)
+DATA     digits; text:PATH, a file or folder of .txt, .md, .jsonl, .csv; images:DIR, a folder of images (both read by
+         the tokenizer or image processor of a teacher hf:DIR); or package.module:function returning (train, val),
+         (train, val, test), a mapping with these keys, or one iterable of batches (x, target)
 DIR      a directory that `convert` wrote (or `optimize`)
 
 examples
   inhernet plan inhernet.models:resnet20 --rank 8
+  inhernet convert hf:DIR --data text:notes.txt --budget 0.5 --out SMALL
   inhernet convert TEACHER --weights W.safetensors --data DATA --budget 0.5 --out DIR
   inhernet sweep TEACHER --weights W.safetensors --data DATA --out SWEEP
   inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5 --out TRAINED

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from inhernet.console import table
 
-from .options import DATA_HELP, TEACHER_HELP, Command, add_model, add_weights, load_model, trusted
+from .options import Command, add_model, add_weights, load_model, trusted
+from .usage import DATA_HELP, TEACHER_HELP
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.teacher
         else dense_like(model, trusted(arguments))
     )
-    example = specs.example_inputs(model, arguments.input, specs.data(arguments.data).judge if arguments.data else None)
+    loader = specs.data(arguments.data, arguments.teacher).judge if arguments.data else None
+    example = specs.example_inputs(model, arguments.input, loader)
     networks: dict[str, Any] = {"dense": dense.eval(), "inherited": model, "published form": published(model).eval()}
     if hasattr(fast, "optimization"):
         networks["optimised"] = fast

@@ -11,8 +11,9 @@ from typing import Any
 
 from inhernet.console import say, table
 
-from .options import OVERWRITE_HELP, Command, add_config, add_teacher, need_free
+from .options import Command, add_config, add_teacher, need_free
 from .plan import make_plan, show_plan
+from .usage import OVERWRITE_HELP
 
 
 def add(command: Command) -> None:
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         teacher = specs.teacher(arguments.teacher, arguments.weights)
     else:
         teacher, plan = make_plan(arguments)
-    calibration = specs.data(arguments.data).calibration if arguments.data else None
+    calibration = specs.data(arguments.data, arguments.teacher).calibration if arguments.data else None
     started = time.perf_counter()
     # Beside the directory, as a training run's: it goes on there until the model is written.
     out = Path(arguments.out).resolve()

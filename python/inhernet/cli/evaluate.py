@@ -8,7 +8,8 @@ from typing import Any
 
 from inhernet.console import say, table
 
-from .options import DATA_HELP, TEACHER_HELP, Command, add_model, add_weights, load_model
+from .options import Command, add_model, add_weights, load_model
+from .usage import DATA_HELP, TEACHER_HELP
 
 
 def add(command: Command) -> None:
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from . import specs
 
     model = load_model(arguments)
-    judge = specs.data(arguments.data).judge
+    judge = specs.data(arguments.data, arguments.teacher).judge
     trouble = ""
     if arguments.teacher is None:
         figures: dict[str, Any] = {**evaluate(model, judge)}

@@ -6,7 +6,8 @@ import argparse
 
 from inhernet.console import say
 
-from .options import DATA_HELP, OVERWRITE_HELP, Command, add_model, load_model, need_free
+from .options import Command, add_model, load_model, need_free
+from .usage import DATA_HELP, OVERWRITE_HELP
 
 
 def add(command: Command) -> None:

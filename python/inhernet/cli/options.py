@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .usage import DATA_HELP, TEACHER_HELP, UsageError
+
 if TYPE_CHECKING:
     from torch import nn
 
     from inhernet.config import InheritConfig
-
-TEACHER_HELP = "hf:DIR, or package.module:function returning an nn.Module"
-DATA_HELP = "digits, or package.module:function returning loaders (see `inhernet --help`)"
-OVERWRITE_HELP = "let --out replace an earlier result of inhernet (never anything else)"
 
 
 # Adds a command: its name, what runs it, its description; returns its parser.
@@ -107,18 +105,16 @@ def need_free(out: str | os.PathLike[str], arguments: argparse.Namespace, *input
     """
     from inhernet import checkpoint
 
-    from . import specs
-
     target = Path(os.path.realpath(out))
     for name in filter(None, inputs):
         if target in (
             Path(os.path.realpath(name)),
             Path(os.path.realpath(name)).parent if Path(name).is_file() else None,
         ):
-            raise specs.UsageError(f"--out is {str(out)!r}, which holds the input {name!r}; give another directory")
+            raise UsageError(f"--out is {str(out)!r}, which holds the input {name!r}; give another directory")
     checkpoint.check_target(target)
     if not arguments.overwrite and target.is_dir() and any(target.iterdir()):
-        raise specs.UsageError(
+        raise UsageError(
             f"--out is {str(out)!r}, which holds an earlier result; give another directory, or --overwrite to replace it"
         )
 
@@ -140,6 +136,4 @@ def load_model(arguments: argparse.Namespace, optimized: bool = True) -> nn.Modu
     try:
         return inhernet.load(arguments.dir, trust=trusted(arguments), optimized=optimized)
     except architecture.Untrusted as error:
-        raise specs.UsageError(
-            f"{arguments.dir}: {error.message}; if you trust it, add --trust {error.package}"
-        ) from error
+        raise UsageError(f"{arguments.dir}: {error.message}; if you trust it, add --trust {error.package}") from error

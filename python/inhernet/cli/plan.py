@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from inhernet.console import say, table
 
-from .options import OVERWRITE_HELP, Command, add_config, add_teacher, config_of
+from .options import Command, add_config, add_teacher, config_of
+from .usage import OVERWRITE_HELP
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ def make_plan(arguments: argparse.Namespace) -> tuple[nn.Module, Plan]:
     teacher = specs.teacher(arguments.teacher, arguments.weights)
     if arguments.weights is None and not arguments.teacher.startswith("hf:"):
         say("note: no --weights, so the teacher is as its function built it", stderr=True)
-    calibration = specs.data(arguments.data).calibration if arguments.data else None
+    calibration = specs.data(arguments.data, arguments.teacher).calibration if arguments.data else None
     return teacher, inhernet.plan(teacher, config, calibration=calibration)
 
 

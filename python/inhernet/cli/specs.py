@@ -16,16 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decompose.rows import length_of
-
-TEACHER_HELP = "hf:DIR (a transformers directory), or package.module:function returning an nn.Module"
-DATA_HELP = (
-    "digits, or package.module:function returning (train, val), (train, val, test), a mapping with these keys, or one "
-    "iterable of batches (x, target)"
-)
-
-
-class UsageError(ValueError):
-    """A wrong argument of the command line: one sentence, exit status 2."""
+from . import sources
+from .usage import DATA_HELP, TEACHER_HELP, UsageError
 
 
 @dataclass(frozen=True)
@@ -118,8 +110,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     model.load_state_dict(tensors)
 
 
-def data(spec: str) -> Data:
-    """The loaders that DATA names.
+def data(spec: str, teacher: str | None = None) -> Data:
+    """The loaders that DATA names; `teacher`: the TEACHER whose tokenizer or image processor reads text: and images:.
 
     Raises:
         UsageError: a spec or result that does not fit; ModuleNotFoundError: digits without scikit-learn.
@@ -129,7 +121,12 @@ def data(spec: str) -> Data:
 
         images = digits()
         return Data(images.train, images.calibration, images.val, images.test)
-    found = function_of(spec, "DATA")()
+    kind, colon, path = spec.partition(":")
+    found: Any
+    if colon and kind in ("text", "images"):
+        found = (sources.text if kind == "text" else sources.images)(path, teacher)
+    else:
+        found = function_of(spec, "DATA")()
     if isinstance(found, tuple) and len(found) in (2, 3):
         found = dict(zip(("train", "val", "test"), found, strict=False))
     if isinstance(found, Mapping):

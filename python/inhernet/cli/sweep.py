@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from inhernet.console import say, table
 
-from .options import DATA_HELP, Command, add_teacher
+from .options import Command, add_teacher
+from .usage import DATA_HELP
 
 if TYPE_CHECKING:
     from inhernet.sweep import SweepRow
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from . import specs
 
-    teacher, data = specs.teacher(arguments.teacher, arguments.weights), specs.data(arguments.data)
+    teacher, data = specs.teacher(arguments.teacher, arguments.weights), specs.data(arguments.data, arguments.teacher)
     config = InheritConfig(heads=arguments.heads, exclude=tuple(arguments.exclude), seed=arguments.seed)
     refine = not arguments.no_refine and RefineConfig(steps=arguments.refine_steps, seed=arguments.seed)
     rows = sweep(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from inhernet.console import say
 
-from .options import DATA_HELP, OVERWRITE_HELP, TEACHER_HELP, Command, add_model, add_weights, load_model, need_free
+from .options import Command, add_model, add_weights, load_model, need_free
+from .usage import DATA_HELP, OVERWRITE_HELP, TEACHER_HELP
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     need_free(out, arguments)
     model = load_model(arguments, optimized=False)
     teacher = specs.teacher(arguments.teacher, arguments.weights) if arguments.teacher else None
-    data = specs.data(arguments.data)
+    data = specs.data(arguments.data, arguments.teacher)
     # Beside the directory, not in it: the model stays a model, and the run can go on until it is complete.
     state = out.resolve().parent / f"{out.resolve().name}.training"
 

@@ -128,7 +128,7 @@ class PlanScene:
             module: nn.Module
             if filled:
                 factors = self._factors_of(self.plan, self.model, layer).take(rank)
-                module = from_dense(dense, rank, factors=factors, **self.plan[layer.name].form)
+                module = from_dense(dense, rank, factors=factors, noise=0.0, **self.plan[layer.name].form)
             else:
                 module = empty_like_dense(dense, rank, **self.plan[layer.name].form)
             if not layer.name:
@@ -162,9 +162,14 @@ class PlanScene:
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
         def hook(name: str) -> Any:
-            return lambda module, args, output: calls.setdefault(name, []).append((args[0].detach(), output.detach()))
+            def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                x = args[0] if args else kwargs["input"]
+                calls.setdefault(name, []).append((x.detach(), output.detach()))
 
-        handles = [self.model.get_submodule(la.name).register_forward_hook(hook(la.name)) for la in self.selected]
+            return seen
+
+        modules = {layer.name: self.model.get_submodule(layer.name) for layer in self.selected}
+        handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
         try:
             with undisturbed(self.model), torch.no_grad():
                 call(self.model, inputs)
@@ -176,7 +181,7 @@ class PlanScene:
             if seen:
                 outputs = sum(y.numel() // layer.shape[0] for _, y in seen)
                 pixels = seen[0][1][..., 0, :, :].numel() // max(1, len(seen[0][1])) if layer.kind == "conv2d" else 1
-                self._sights[layer.name] = Sight(seen[0][0].clone(), len(seen), outputs // examples, pixels)
+                self._sights[layer.name] = Sight(seen[0][0], len(seen), outputs // examples, pixels)
 
     def _times(self, layer: Layer) -> list[tuple[int, float]]:
         """Rank (0: dense) and milliseconds of one call, at candidate ranks; the times never fall with the rank."""

@@ -27,6 +27,8 @@ _NOT_SERVED: tuple[tuple[type, str], ...] = (
     (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
     (nn.Bilinear, "bilinear: two inputs"),
 )
+# What runs a model on several devices: names and files would be the wrapper's, not the model's.
+_WRAPPERS: dict[type, str] = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
 # What torch.nn.utils leaves in place of `weight`, which is then made of it at every call; and what ends that.
 _MADE_OF = {
     ("weight_g", "weight_v"): ("weight_norm", "torch.nn.utils.remove_weight_norm(layer)"),
@@ -58,6 +60,13 @@ def check_teacher(model: Any) -> None:
     """Raise TypeError or ValueError, naming the tensor, for a teacher without weights that can be read and decomposed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the teacher is {type(model).__name__}, expected an nn.Module")
+    for wrapper, inner in _WRAPPERS.items():
+        if isinstance(model, wrapper):
+            raise ValueError(f"the teacher is wrapped in {wrapper.__name__}; pass what is inside, teacher.{inner}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "the teacher is compiled; pass what it was made from, teacher._orig_mod, and compile the result"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"the teacher's {name!r} is on the meta device and has no values; load its weights first")
@@ -177,6 +186,8 @@ def _impossible(name: str, module: Any, shared: Mapping[str, str]) -> str | None
         return _made_of(module)
     if module.weight.dtype not in _DECOMPOSED:
         return f"weight has dtype {module.weight.dtype}"
+    if type(module.weight.data) is not torch.Tensor:
+        return f"its weight is a {type(module.weight.data).__name__} (quantised or distributed), no plain tensor"
     if module.weight.numel() == 0:
         return "empty weight"
     if name in shared:

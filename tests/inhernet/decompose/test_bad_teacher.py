@@ -142,3 +142,41 @@ def test_a_star_import_shadows_nothing():
     assert names["nn"] is torch.nn and names["models"] is None
     assert not {name for name in names if hasattr(builtins, name)} - {"__builtins__"}
     assert names["inherit"] is inhernet.inherit
+
+
+def test_wrapped_and_compiled_teachers_say_what_to_pass():
+    net = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel; pass what is inside, teacher\.module"):
+        inhernet.plan(nn.DataParallel(net))
+    with pytest.raises(ValueError, match=r"compiled; pass what it was made from, teacher\._orig_mod"):
+        inhernet.inherit(torch.compile(net))
+
+
+def test_weights_that_are_no_plain_tensors_stay_as_they_are():
+    class Packed(torch.Tensor):
+        """As libraries for quantisation leave them: floating to look at, something else inside."""
+
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    net[0].weight = nn.Parameter(torch.randn(16, 16).as_subclass(Packed))
+    plan = inhernet.plan(net, InheritConfig(budget=UniformRank(4)))
+    assert "its weight is a Packed" in plan["0"].reason
+    assert plan["1"].rank == 4
+
+
+def test_adapters_stay_and_work():
+    class Adapted(nn.Module):
+        """A linear layer with a low-rank addition, as peft writes it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(32, 32)
+            self.lora_A, self.lora_B = nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    net = nn.Sequential(Adapted())
+    model = inhernet.inherit(net, InheritConfig(budget=UniformRank(8)))
+    assert [layer.name for layer in model.inhernet_plan.factorised] == ["0.base_layer"]
+    assert torch.equal(model[0].lora_A.weight, net[0].lora_A.weight)
+    assert model(torch.randn(2, 32)).shape == (2, 32)
