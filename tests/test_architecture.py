@@ -30,6 +30,7 @@ LAYERS = [
     "nn",
     "decompose",
     "export",
+    "formats",
     "architecture",
     "checkpoint",
     "distill",
@@ -180,7 +181,7 @@ def test_files_can_be_held_in_one_head():
 
 
 def test_heavy_packages_are_never_imported_at_the_top():
-    heavy = {"triton", "transformers", "matplotlib", "sklearn", "onnx", "onnxruntime"}
+    heavy = {"triton", "transformers", "matplotlib", "sklearn", "onnx", "onnxscript", "onnxruntime"}
     device_code = {"kernels_triton.py", "triton_functions.py", "triton_conv.py"}  # imported by the first launch
     for path in [*modules("inherit_kernels"), *modules("python")]:
         if path.name in device_code:

@@ -1,4 +1,4 @@
-"""The command line: `inhernet plan|convert|sweep|train|eval|bench|optimize|doctor|demo`, a file for each command.
+"""The command line: `inhernet plan|convert|sweep|train|eval|bench|optimize|export|doctor|demo`, a file for each command.
 
 Exit status: 0 done, 1 a check failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from inhernet.console import say
 
-from . import bench, convert, demo, doctor, evaluate, optimize, plan, sweep, train
+from . import bench, convert, demo, doctor, evaluate, export, optimize, plan, sweep, train
 
-COMMANDS = (plan, convert, sweep, train, evaluate, bench, optimize, doctor, demo)
+COMMANDS = (plan, convert, sweep, train, evaluate, bench, optimize, export, doctor, demo)
 EPILOG = """\
 TEACHER  hf:DIR (a transformers directory), or package.module:function called without arguments; with
          --weights FILE.safetensors for its weights
@@ -35,6 +35,7 @@ examples
   inhernet eval TRAINED --teacher TEACHER --weights W.safetensors --data digits
   inhernet bench TRAINED
   inhernet optimize TRAINED --input 3x32x32 --batch 1 --out FAST
+  inhernet export TRAINED --format onnx --input 3x32x32 --out net.onnx
   inhernet demo digits"""
 
 

@@ -1,0 +1,8 @@
+"""Files for other engines: a file for each format. Every export is loaded again and compared with the model."""
+
+from .dense import to_dense
+from .onnx import export_onnx
+from .plain import plain
+from .program import export_aoti, export_program
+
+__all__ = ["export_aoti", "export_onnx", "export_program", "plain", "to_dense"]

@@ -1,0 +1,79 @@
+"""Whether an exported file computes what the model does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decompose.batches import batch_size, call, floating_outputs
+
+# `‖file − model‖ / ‖model‖` of each output: other engines add in another order.
+CLOSE = 1e-3
+
+
+def larger(inputs: Any) -> Any:
+    """The same inputs with one example more, to see whether the number of examples is free."""
+    size = batch_size(inputs)
+
+    def more(value: Any) -> Any:
+        examples = isinstance(value, Tensor) and value.dim() and len(value) == size
+        return torch.cat([value, value[:1]]) if examples else value
+
+    return {key: more(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else more(inputs)
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [tensor for _, tensor in floating_outputs(call(model, inputs))]
+
+
+def check(run: Callable[[Any], list[Tensor]], model: nn.Module, inputs: Any, what: str) -> float:
+    """The largest relative difference of an output, at two numbers of examples.
+
+    Raises:
+        ValueError: it is above 1e-3, or the outputs have other shapes.
+    """
+    worst = 0.0
+    for batch in (inputs, larger(inputs)):
+        found, expected = run(batch), outputs_of(model, batch)
+        if [t.shape for t in found] != [t.shape for t in expected]:
+            shapes = [[tuple(t.shape) for t in tensors] for tensors in (found, expected)]
+            raise ValueError(f"{what} gives outputs of shapes {shapes[0]}, the model {shapes[1]}; nothing was written")
+        for a, b in zip(found, expected, strict=True):
+            worst = max(worst, float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)))
+    if not worst <= CLOSE:
+        raise ValueError(f"{what} is {worst:.1e} away from the model, more than {CLOSE:g}; nothing was written")
+    return worst
+
+
+@contextmanager
+def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write to that becomes `path` when all went well, and is gone otherwise."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """transformers' models without keys and values of a cache among their outputs."""
+    config: Any = getattr(model, "config", None)
+    changed = getattr(config, "use_cache", False) is True
+    try:
+        if changed:
+            config.use_cache = False
+        yield
+    finally:
+        if changed:
+            config.use_cache = True
