@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import InheritConfig, RefineConfig
     from .decompose import Plan, inherit, plan, refine_blocks, summary, verify
     from .export import Optimization, optimize
+    from .pretrained import register
 
 _HOME = {
     "InheritConfig": "config",
@@ -43,6 +44,7 @@ _HOME = {
     "summary": "decompose",
     "Optimization": "export",
     "optimize": "export",
+    "register": "pretrained",
     "save": "checkpoint",
     "load": "checkpoint",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "optimize",
     "plan",
     "refine_blocks",
+    "register",
     "save",
     "summary",
     "verify",

@@ -24,10 +24,10 @@ import inherit_kernels
 
 from . import architecture, atomic
 from .decompose import Plan
+from .decompose.rebuild import with_empty_layers
 from .export import Optimization, restore
-from .layers import open_layers
-from .nn import LowRankModule, empty_like_dense
-from .pretrained import warn_of_pretrained
+from .nn import LowRankModule
+from .pretrained import kept_by_pretrained
 
 FORMAT_VERSION = 1
 CONFIG, PLAN, WEIGHTS, OPTIMIZED = "config.json", "plan.json", "model.safetensors", "optimized.json"
@@ -123,12 +123,12 @@ def load(
     plan = None
     if plan_text is not None:
         plan = _parse(lambda: Plan.from_json(plan_text), directory / PLAN)
-        model = _swap_layers(model, plan, directory / PLAN)
+        model = _parse(lambda: with_empty_layers(model, plan.layers), directory / PLAN)
     _assign(model, tensors, config["ties"], directory)
     model.__dict__["inhernet_factory"] = (name, args)
     if plan is not None:
         model.inhernet_plan = plan
-        warn_of_pretrained(model)
+        kept_by_pretrained(model)
     model.eval()
     if choices is None or not optimized:
         return model
@@ -314,24 +314,6 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _swap_layers(model: nn.Module, plan: Any, path: Path) -> nn.Module:
-    """Put empty low-rank modules where the plan has them; the name "" is the model itself."""
-    model = open_layers(model, [layer.name for layer in plan.layers if layer.reason is None])
-    for layer in plan.layers:
-        if layer.reason is not None:
-            continue
-        try:
-            dense = model.get_submodule(layer.name)
-            module = empty_like_dense(dense, layer.rank, **layer.form)
-            if not layer.name:
-                return module
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"{path}: layer {layer.name!r} does not fit the architecture: {error}") from error
-    return model
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str, Any], directory: Path) -> None:

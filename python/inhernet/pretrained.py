@@ -1,18 +1,85 @@
-"""transformers' own saving, which cannot bring back an inherited model."""
+"""transformers' own `save_pretrained` and `from_pretrained` for inherited models.
+
+The plan travels in `config.json` as a quantization config of the method "inhernet", the factors in the ordinary weight files.
+`register()` tells transformers what the method means; then `AutoModel.from_pretrained`, Trainer and `generate` work as ever.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 import weakref
 from typing import Any, TypeVar
 
 from torch import nn
 
+METHOD = "inhernet"
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def register() -> None:
+    """Teach transformers to load inherited models; call it once in a process, before `from_pretrained`.
+
+    Raises:
+        ModuleNotFoundError: no transformers, with the command that installs it.
+
+    Example:
+        >>> inhernet.register()  # doctest: +SKIP
+        >>> model = transformers.AutoModel.from_pretrained("small")  # doctest: +SKIP
+    """
+    try:
+        from transformers.quantizers.auto import (
+            AUTO_QUANTIZATION_CONFIG_MAPPING,
+            register_quantization_config,
+            register_quantizer,
+        )
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.utils.quantization_config import QuantizationConfigMixin
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("needs transformers: pip install 'inherit-kernels[hf]'") from error
+    if METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+
+    class InheritedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        """The plan of an inherited model, as `inhernet.Plan.to_dict` writes it."""
+
+        def __init__(self, plan: dict[str, Any], **more: Any) -> None:
+            self.quant_method: Any = METHOD
+            self.plan = plan
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD, "plan": json.loads(json.dumps(self.plan))}
+
+    class InheritedLoader(HfQuantizer):  # type: ignore[misc]
+        """Puts low-rank modules where the plan has them, before weights are loaded. Nothing is quantised."""
+
+        is_trainable = is_qat_trainable = is_compileable = True
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            from .decompose.plans import Plan
+            from .decompose.rebuild import with_empty_layers
+
+            config: Any = self.quantization_config
+            plan = Plan.from_dict(config.plan)
+            rebuilt = with_empty_layers(model, plan.layers)
+            if rebuilt is not model:  # layers were opened in a copy: transformers goes on with its own object
+                model._modules.update(rebuilt._modules)
+            model.inhernet_plan = plan
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            model.is_quantized = False  # .float() and .half() work as on any other model
+            return kept_by_pretrained(model)
+
+    register_quantization_config(METHOD)(InheritedConfig)
+    register_quantizer(METHOD)(InheritedLoader)
+
+
 class _SavePretrained:
-    """`save_pretrained` of an inherited model: as transformers' own, with a warning that names what is lost."""
+    """`save_pretrained` of an inherited model: as transformers' own, with the plan in `config.json`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)  # no cycle: a model's memory is free as soon as the last name is gone
@@ -21,20 +88,29 @@ class _SavePretrained:
         return _SavePretrained, (self._model(),)  # for pickle and deepcopy: the copy speaks of the copied model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
         model: Any = self._model()
-        replaced = model.inhernet_plan.factorised
-        warnings.warn(
-            f"from_pretrained will not bring this model back: it builds the dense {type(model).__name__} and leaves "
-            f"its {len(replaced)} inherited layers (first {replaced[0].name!r}) at random weights; save with "
-            "inhernet.save(model, directory), load with inhernet.load(directory)",
-            stacklevel=2,
-        )
-        return type(model).save_pretrained(model, *args, **kwargs)
+        register()
+        before = getattr(model.config, "quantization_config", None)
+        if before is not None and getattr(before, "quant_method", None) != METHOD:
+            warnings.warn(
+                f"the model's config has a quantization_config of another method ({before}), which this save replaces: "
+                "from_pretrained knows one",
+                stacklevel=2,
+            )
+        model.config.quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](model.inhernet_plan.to_dict())
+        try:
+            return type(model).save_pretrained(model, *args, **kwargs)
+        finally:
+            if before is None:
+                del model.config.quantization_config
+            else:
+                model.config.quantization_config = before
 
 
-def warn_of_pretrained(model: Model) -> Model:
-    """Let `model.save_pretrained`, if there is one, say what it loses. Refusing would end a Trainer at its first
-    checkpoint, and what it writes can still be read as a state dict."""
+def kept_by_pretrained(model: Model) -> Model:
+    """Let `model.save_pretrained`, if there is one, write what `from_pretrained` needs."""
     plan: Any = getattr(model, "inhernet_plan", None)
     if hasattr(type(model), "save_pretrained") and plan is not None and plan.factorised:
         model.__dict__["save_pretrained"] = _SavePretrained(model)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decompose.rows import length_of
+from ..pretrained import register
 from . import sources
 from .usage import DATA_HELP, TEACHER_HELP, UsageError
 
@@ -196,6 +197,7 @@ def _from_transformers(directory: str) -> nn.Module:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("hf: needs transformers: pip install 'inherit-kernels[hf]'") from error
+    register()  # the directory may hold an inherited model
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     names = [name for name in config.architectures or [] if hasattr(transformers, name)]
     kind = getattr(transformers, names[0]) if names else transformers.AutoModel

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import InheritConfig, RefineConfig
 from ..layers import open_layers
 from ..nn import LowRankModule, empty_like_dense, fill_published_, from_dense
-from ..pretrained import warn_of_pretrained
+from ..pretrained import kept_by_pretrained
 from .batches import copied, reusable
 from .batchnorm import check_batchnorm, has_batchnorm, reestimate_batchnorm
 from .calibration import collect_moments
@@ -103,7 +103,7 @@ def inherit(
         config = refine if isinstance(refine, RefineConfig) else None
         refinement = refine_blocks(model, teacher, batches, config, output_fn or result.output_fn)
     setattr(model, "inhernet_refinement", refinement)  # noqa: B010
-    return warn_of_pretrained(model)
+    return kept_by_pretrained(model)
 
 
 def _warn_of_missing_data(model: nn.Module, refine: bool, batchnorm: bool) -> None:
