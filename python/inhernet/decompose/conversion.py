@@ -20,6 +20,7 @@ from .batchnorm import check_batchnorm, has_batchnorm, reestimate_batchnorm
 from .calibration import collect_moments
 from .factorise import random_factors
 from .layers import LayerPlan
+from .pieces import TooFew
 from .planning import factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
 from .refine import refine_blocks
@@ -101,7 +102,11 @@ def inherit(
     refinement = None
     if refine and batches is not None and result.factorised:
         config = refine if isinstance(refine, RefineConfig) else None
-        refinement = refine_blocks(model, teacher, batches, config, output_fn or result.output_fn)
+        try:
+            refinement = refine_blocks(model, teacher, batches, config, output_fn or result.output_fn)
+        except TooFew:
+            if config is not None:
+                raise  # asked for; by default a single sample, which planning has warned of, is simply not refined on
     setattr(model, "inhernet_refinement", refinement)  # noqa: B010
     return kept_by_pretrained(model)
 

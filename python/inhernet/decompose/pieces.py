@@ -26,12 +26,16 @@ class Piece:
     role: str  # "train", "held out", "elsewhere"
 
 
+class TooFew(ValueError):
+    """Not enough samples to hold one out."""
+
+
 def pieces_of(calibration: Iterable[Any], device: torch.device, seed: int) -> list[Piece]:
     """The data in pieces of at most 32 samples, some held out, and those again made unlike themselves."""
     batches = [model_inputs(batch, device) for batch in reusable(calibration)]
     samples = sum(batch_size(inputs) for inputs in batches)
     if samples < 2:
-        raise ValueError(
+        raise TooFew(
             f"calibration holds {samples} samples and refinement needs 2 at least (256 varied ones serve); give more, or "
             "refine=False"
         )

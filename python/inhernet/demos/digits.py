@@ -36,6 +36,8 @@ GUIDED = Objective(ce=0.1, kd=0.9, temperature=4.0)
 TEACHING = TrainConfig(epochs=30, lr=0.1, clip_norm=1.0, keep_best="min:val_loss")
 # The best of five schedules tried (SGD 0.02, 0.05, 0.1; AdamW 0.003, 0.01): final KL 0.021 against 0.022 to 0.038.
 STUDYING = TrainConfig(epochs=20, lr=0.1, clip_norm=1.0, keep_best="min:val_kl")
+# At 20 %, one head, one seed: KL 0.015 as decomposed, 0.0024 after 60 steps a block (6 s) as after 300 (16 s).
+REFINING = inhernet.RefineConfig(steps=60)
 TUNING = TrainConfig(epochs=5, lr=0.02, clip_norm=1.0, keep_best="min:val_kl")
 
 
@@ -98,7 +100,7 @@ def compare(config: DigitsConfig, split: int, seed: int, show: bool = True) -> l
         for heads in config.heads:
             started = time.perf_counter()
             plan = plan_for(teacher, data, share, heads, seed, plan)
-            model = inhernet.inherit(teacher, plan)
+            model = inhernet.inherit(teacher, plan, refine=REFINING)
             seconds = time.perf_counter() - started
             title = f"inherited {share:.0%}, {heads} head{'s' if heads > 1 else ''}"
             inherited.append(train(title, model, config.tuning, teacher))

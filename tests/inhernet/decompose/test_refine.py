@@ -265,6 +265,12 @@ def test_what_cannot_be_refined_is_an_error(teacher):
         refine_blocks(teacher, teacher, [rows()])
     with pytest.raises(ValueError, match="needs 2 at least"):
         refine_blocks(inherited(teacher, [rows()]), teacher, [rows()[:1]])
+    one = [rows()[:1]]
+    with pytest.warns(UserWarning, match="holds 1 sample,"):
+        model = inhernet.inherit(teacher, InheritConfig(), one)
+    assert model.inhernet_refinement is None  # by default it is left out
+    with pytest.raises(ValueError, match="needs 2 at least"):  # asked for it is an error
+        inhernet.inherit(teacher, InheritConfig(init="svd"), one, refine=QUICK)
     with pytest.raises(ValueError, match="holds NaN or infinity.*; the batch itself is finite, so the model"):
         refine_blocks(inherited(teacher, [rows()]), teacher, [rows() * 1e25])
     with pytest.raises(ValueError, match="RefineConfig.lr is 2"):
