@@ -95,7 +95,8 @@ def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def converted(folder: Path, *options: str) -> None:
-    assert main(["convert", "mine:tiny", "--data", "mine:parts", "--out", "student", *options]) == 0
+    quick = ["--refine-steps", "5"]
+    assert main(["convert", "mine:tiny", "--data", "mine:parts", "--out", "student", *quick, *options]) == 0
 
 
 def test_plan_from_a_shell(folder: Path) -> None:
@@ -321,7 +322,7 @@ WRONG = [
     ("plan mine:tiny --weights mine.py", "not a safetensors file"),
     ("plan mine:tiny --data mine:odd", "expected train, val, test"),
     ("plan mine:tiny --data mine:number", "expected an iterable"),
-    ("plan mine:tiny --data digit", "expected digits, or"),
+    ("plan mine:tiny --data digit", "expected digits; text:PATH"),
     ("convert mine:tiny", "--out"),
     ("convert mine:tiny --plan nowhere --out x", "has no plan.json"),
     ("convert mine:tiny --plan nowhere --budget 0.3 --out x", "--budget is given beside --plan"),

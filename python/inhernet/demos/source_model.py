@@ -53,8 +53,8 @@ class Row:
 def run(
     output_dir: str | Path,
     fractions: Sequence[float] = (0.8, 0.6, 0.4),
-    minutes: float = 8.0,
-    samples: int = 512,
+    minutes: float = 13.0,
+    samples: int = 2048,
     seed: int = 0,
 ) -> list[Row]:
     """Train the teacher (or take the one of an earlier run), convert it at each fraction with and without refinement.

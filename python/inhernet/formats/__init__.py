@@ -1,7 +1,7 @@
 """Files for other engines: a file for each format. Every export is loaded again and compared with the model."""
 
 from .dense import to_dense
-from .onnx import export_onnx
+from .onnx_export import export_onnx
 from .plain import plain
 from .program import export_aoti, export_program
 

@@ -34,7 +34,8 @@ def test_half_of_the_encoder_keeps_its_embeddings(tmp_path, capsys):
 @pytest.mark.slow
 def test_published_figures(tmp_path):
     rows = minilm.run(tmp_path, save=False)
-    for row, docstrings, everyday in zip(rows, (0.95, 0.86, 0.74), (0.93, 0.82, 0.67), strict=True):
+    least = (0.95, 0.98, 0.86, 0.955, 0.74, 0.91), (0.93, 0.955, 0.82, 0.895, 0.67, 0.80)
+    for row, docstrings, everyday in zip(rows, *least, strict=True):
         assert row.docstrings >= docstrings
         assert row.everyday >= everyday
 
