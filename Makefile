@@ -21,14 +21,18 @@ test: $(READY)
 # its import whether it compiles, so that its interpreter is a process of its own.
 GPU_CODE := tests/test_emulation.py $(wildcard tests/test_cuda_*.py) $(wildcard tests/ops/test_triton_*.py)
 
+# What the front end makes of other people's networks, files and data: beside the kernels, so that the halves are about as long.
+BROUGHT := $(addprefix tests/inhernet/,formats layers test_architectures.py test_cli_convert.py test_pretrained.py test_sources.py test_sweep.py decompose/test_refine.py decompose/test_budgets.py decompose/test_blocks.py)
+
 # The benchmark house is a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test-python: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,tests/test_native.py $(GPU_CODE))
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/benchmarks $(addprefix --ignore ,tests/test_native.py $(GPU_CODE) $(BROUGHT))
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/benchmarks
 
 test-kernels: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(GPU_CODE)
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_native.py
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(BROUGHT)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/ops/test_triton_linear.py tests/ops/test_triton_conv.py tests/ops/test_triton_launch.py tests/ops/test_triton_plan.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_contract.py -k "double_backward and lowrank_linear-triton and not gated"
 
