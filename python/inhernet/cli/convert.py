@@ -53,9 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
                 f"--plan is {arguments.plan!r}, which has no plan.json: write one with `inhernet plan --out`"
             ) from error
         teacher = specs.teacher(arguments.teacher, arguments.weights)
+        calibration = specs.data(arguments.data, arguments.teacher).calibration if arguments.data else None
     else:
         teacher, plan = make_plan(arguments)
-    calibration = specs.data(arguments.data, arguments.teacher).calibration if arguments.data else None
+        calibration = plan.calibration
     started = time.perf_counter()
     # Beside the directory, as a training run's: it goes on there until the model is written.
     out = Path(arguments.out).resolve()

@@ -205,8 +205,12 @@ class _Block:
 
     def refine(self, steps: int, lr: float, seconds: float | None, seed: int, bar: Steps) -> BlockReport:
         old = [parameter.detach().clone() for parameter in self.parameters]
-        with _in_float32(self.block):
-            taken, why = self._train(steps, lr, seconds, seed, bar)
+        try:
+            with _in_float32(self.block):
+                taken, why = self._train(steps, lr, seconds, seed, bar)
+        except BaseException:
+            self._put_back(old)
+            raise
         before = after = self.judge.now
         if why is None:
             after = self.judge.errors()
@@ -214,11 +218,14 @@ class _Block:
         if why is None:
             self.judge.now = after
         else:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, old, strict=True):
-                    parameter.copy_(value)
+            self._put_back(old)
         held_out, elsewhere = ((before[role], after[role]) for role in ("held out", "elsewhere"))
         return BlockReport(self.name, self.layers, taken, held_out, elsewhere, why)
+
+    @torch.no_grad()
+    def _put_back(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def _train(self, steps: int, lr: float, seconds: float | None, seed: int, bar: Steps) -> tuple[int, str | None]:
         """Steps taken, and why the result is not to be used (None: it may be)."""

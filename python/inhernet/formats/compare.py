@@ -63,17 +63,3 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def plain_outputs(model: nn.Module) -> Iterator[None]:
-    """transformers' models without keys and values of a cache among their outputs."""
-    config: Any = getattr(model, "config", None)
-    changed = getattr(config, "use_cache", False) is True
-    try:
-        if changed:
-            config.use_cache = False
-        yield
-    finally:
-        if changed:
-            config.use_cache = True

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose.batches import floating_outputs
-from .compare import aside, check, larger, plain_outputs
+from ..decompose.blocks import without_cache
+from .compare import aside, check, larger
 from .plain import plain
 
 
@@ -20,7 +21,7 @@ def exported(model: nn.Module, inputs: Any) -> Any:
     named = isinstance(inputs, Mapping)
     shapes = {key: free(value) for key, value in inputs.items()} if named else (free(inputs),)
     args, kwargs = ((), dict(inputs)) if named else ((inputs,), {})
-    with torch.no_grad(), plain_outputs(model):
+    with torch.no_grad(), without_cache(model):
         return torch.export.export(plain(model), args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -43,7 +44,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], example_input
         ValueError: they differ by more than 1e-3. What `torch.export` raises for a model that it cannot trace.
     """
     model = model.eval()
-    with aside(path) as target, plain_outputs(model):
+    with aside(path) as target, without_cache(model):
         with target.open("wb") as file:
             torch.export.save(exported(model, example_inputs), file)
         with target.open("rb") as file:
@@ -56,7 +57,7 @@ def export_aoti(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
     `torch._inductor.aoti_load_package(path)`, without inhernet. Arguments, result and errors as `export_program`'s; needs a
     C++ compiler."""
     model = model.eval()
-    with aside(path) as target, plain_outputs(model):
+    with aside(path) as target, without_cache(model):
         whole = target.with_name(f"{target.name}.pt2")  # the compiler asks for this ending
         try:
             torch._inductor.aoti_compile_and_package(exported(model, example_inputs), package_path=str(whole))

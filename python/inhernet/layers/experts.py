@@ -30,9 +30,9 @@ class Experts(nn.Module):
     Shapes: x `[P, D]`, `index` `[P, k]` (an index beyond the last expert is none), `weights` `[P, k]`, y `[P, D]`.
     """
 
-    def __init__(self, experts: list[Expert], act_fn: Any) -> None:
+    def __init__(self, experts: list[Expert]) -> None:
         super().__init__()
-        self.experts, self.num_experts, self.act_fn = nn.ModuleList(experts), len(experts), act_fn
+        self.experts, self.num_experts = nn.ModuleList(experts), len(experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
@@ -69,4 +69,4 @@ def opened(module: Any) -> Experts:
         return linear_of(weight, None if bias is None else bias[number], weights)
 
     pairs = [(linear(first, biases[0], n), linear(second, biases[1], n)) for n in range(len(first))]
-    return Experts([Expert(*pair, module.act_fn) for pair in pairs], module.act_fn)
+    return Experts([Expert(*pair, module.act_fn) for pair in pairs])

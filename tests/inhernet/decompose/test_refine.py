@@ -234,6 +234,23 @@ def test_an_interrupted_run_goes_on_where_it_was(teacher, tmp_path, monkeypatch)
     assert report.blocks == expected.blocks
 
 
+def test_a_block_that_is_interrupted_keeps_what_it_had(teacher, monkeypatch):
+    model = inherited(teacher, [rows()])
+    before, steps = state(model), []
+    relative = house._relative
+
+    def stopped(y, target):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return relative(y, target)
+
+    monkeypatch.setattr(house, "_relative", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        refine_blocks(model, teacher, [rows()], QUICK)
+    assert same(state(model), before)
+
+
 @pytest.mark.parametrize("harm", ["other data", "damaged"])
 def test_what_another_run_left_is_not_taken_over(teacher, tmp_path, harm):
     config = RefineConfig(steps=20, state=str(tmp_path))
