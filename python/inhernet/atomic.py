@@ -44,6 +44,19 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(fresh, ignore_errors=True)  # the previous version, or what a failed write left
 
 
+@contextmanager
+def file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write to that becomes `path`, whose folder is made, when all went well, and is gone otherwise."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def readable(target: Path) -> Path:
     """Where the current version is: `target`, or the previous one if a crash fell between two renames."""
     previous = _previous(target)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from . import atomic
 from .budgets import ParamBudget
 from .config import InheritConfig, RefineConfig
 from .console import progress
@@ -64,8 +65,8 @@ def sweep(
         config: everything else about the conversion; its budget is not used.
         refine: a `RefineConfig`, or False for decomposed networks only.
         output_fn: what of the output counts, as for `plan` and `verify`.
-        directory: every finished row is written to `sweep.json` there at once; called again with the same teacher, data and
-            settings, rows that are there are taken over.
+        directory: every finished row is written to `sweep.json` there at once; called again with the same teacher,
+            settings and first batches, rows that are there are taken over.
         seconds: for each latency.
 
     Returns:
@@ -158,12 +159,9 @@ def _read(directory: str | os.PathLike[str] | None, identity: str) -> dict[tuple
 def _write(directory: str | os.PathLike[str] | None, identity: str, done: dict[tuple[float, bool], SweepRow]) -> None:
     if directory is None:
         return
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     data = {"identity": identity, "rows": [asdict(row) for row in done.values()]}
-    aside = folder / f".{FILE}.{os.getpid()}"
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, folder / FILE)
+    with atomic.file(Path(directory) / FILE) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def draw(rows: Sequence[SweepRow], path: str | os.PathLike[str], title: str = "") -> None:

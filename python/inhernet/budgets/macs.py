@@ -47,8 +47,14 @@ def macs(layer: Layer, rank: int | None, positions: int, per_gate: int) -> int:
     rows, columns = layer.shape
     if rank is None:
         return positions * rows * columns
-    if not layer.gate:
+    images = positions // per_gate if layer.kind == "conv2d" else None
+    return low_rank_macs(rows, columns, rank, layer.heads if layer.gate else None, positions, images)
+
+
+def low_rank_macs(rows: int, columns: int, rank: int, heads: int | None, positions: int, images: int | None) -> int:
+    """The same of two factors; `heads` None without a gate, `images` None where every position has a gate of its own."""
+    if heads is None:
         return positions * rank * (columns + rows)
-    if per_gate == 1:
-        return positions * rank * (columns + layer.heads * rows + layer.heads)
-    return positions * rank * (columns + rows) + positions // per_gate * layer.heads * rank * (rows + 1)
+    if images is None:
+        return positions * rank * (columns + heads * rows + heads)
+    return positions * rank * (columns + rows) + images * heads * rank * (rows + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import time
 from pathlib import Path
@@ -81,14 +80,5 @@ def show_refinement(refinement: Any) -> None:
     """What became of each block, as a table that fits the window; nothing where nothing was refined."""
     if refinement is None:
         return
-
-    def change(pair: tuple[float, float]) -> str:
-        return f"{pair[0]:.4f} → {pair[1]:.4f}" if math.isfinite(pair[0]) else ""
-
-    rows = [
-        (b.name, b.layers, b.steps, change(b.held_out), change(b.elsewhere), b.why or "") for b in refinement.blocks
-    ]
-    columns = ("block", "layers", "steps", "error, held out", "error, other data", "why it kept what it had")
-    changed = sum(block.why is None for block in refinement.blocks)
-    title = f"refined in {refinement.seconds:.0f} s: {changed} of {len(rows)} blocks; errors of the network's output"
-    table(title, columns, rows, left=(0, 5))
+    columns, rows = refinement.table
+    table(refinement.outcome, columns, rows, left=(0, 5))

@@ -31,8 +31,7 @@ def add(command: Command) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
-    from inhernet import formats
-    from inhernet.formats.compare import aside
+    from inhernet import atomic, formats
 
     from . import specs
 
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if arguments.format == "dense":
         dense = formats.to_dense(model)
-        with aside(out) as target:
+        with atomic.file(out) as target:
             save_file({name: tensor.clone() for name, tensor in dense.state_dict().items()}, target)
         say(
             f"written to {out}: {sum(p.numel() for p in dense.parameters()):,} parameters, names as the dense network's"

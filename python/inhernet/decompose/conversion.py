@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import InheritConfig, RefineConfig
-from ..layers import open_layers
+from ..layers import open_layers, replaced
 from ..nn import LowRankModule, empty_like_dense, fill_published_, from_dense
 from ..pretrained import kept_by_pretrained
 from .batches import copied, reusable
@@ -92,7 +92,7 @@ def inherit(
     # Open where a layer is factorised; what the plan leaves dense stays as the teacher has it.
     model = copied(open_layers(teacher, [layer.name for layer in result.factorised]))
     for layer in result.factorised:
-        model = _replace(model, layer.name, _module(model.get_submodule(layer.name), layer, result, opened))
+        model = replaced(model, layer.name, _module(model.get_submodule(layer.name), layer, result, opened))
     batches = result.calibration if calibration is None else calibration
     if batchnorm and batches is not None and result.factorised and reestimate_batchnorm(model, batches):
         check_batchnorm(teacher, batches)
@@ -184,11 +184,3 @@ def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> L
     else:
         factors = factors_of(result, teacher, layer).take(rank)
     return from_dense(dense, rank, factors=factors, noise=result.config.noise, generator=generator, **form)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-    return model

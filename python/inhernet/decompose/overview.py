@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..budgets.macs import low_rank_macs
 from ..nn import LowRankModule
 from .batches import call, device_of, model_inputs, undisturbed
 from .text import share, text_table
@@ -123,10 +124,6 @@ def _positions(shape: torch.Size, conv: bool) -> int:
 
 
 def _low_macs(module: Any, shape: torch.Size, conv: bool, rows: int, columns: int) -> int:
-    positions, rank, heads = _positions(shape, conv), module.rank, module.heads
-    if not module.gated:
-        return positions * rank * (columns + rows)
-    if not conv:
-        return positions * rank * (columns + heads * rows + heads)
-    images = shape[0] if len(shape) == 4 else 1
-    return positions * rank * (columns + rows) + images * heads * rank * (rows + 1)
+    images = (shape[0] if len(shape) == 4 else 1) if conv else None
+    heads = module.heads if module.gated else None
+    return low_rank_macs(rows, columns, module.rank, heads, _positions(shape, conv), images)

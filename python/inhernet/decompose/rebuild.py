@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..layers import open_layers
+from ..layers import open_layers, replaced
 from ..nn import empty_like_dense
 from .layers import LayerPlan
 
@@ -23,10 +23,7 @@ def with_empty_layers(model: nn.Module, layers: Iterable[LayerPlan]) -> nn.Modul
         try:
             dense = model.get_submodule(layer.name)
             module = empty_like_dense(dense, layer.rank or 1, **layer.form)
-            if not layer.name:
-                return module
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+            model = replaced(model, layer.name, module)
         except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"layer {layer.name!r} does not fit the architecture: {error}") from error
     return model

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import atomic
 from ..config import RefineConfig
 from ..console import Steps, progress
 from ..fingerprint import contents
@@ -50,19 +51,26 @@ class Refinement:
     blocks: tuple[BlockReport, ...]
     seconds: float
 
-    def __str__(self) -> str:
+    @property
+    def table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        """Columns and rows for a reader."""
+
         def change(pair: tuple[float, float]) -> str:
             return f"{pair[0]:.4f} → {pair[1]:.4f}" if math.isfinite(pair[0]) else ""
 
-        rows = [(b.name, b.layers, b.steps, change(b.held_out), change(b.elsewhere), b.why or "") for b in self.blocks]
-        columns = ("block", "layers", "steps", "error, held out", "error, other data", "kept as it was")
+        rows: list[tuple[object, ...]] = [
+            (b.name, b.layers, b.steps, change(b.held_out), change(b.elsewhere), b.why or "") for b in self.blocks
+        ]
+        return ("block", "layers", "steps", "error, held out", "error, other data", "kept as it was"), rows
+
+    @property
+    def outcome(self) -> str:
+        """One sentence."""
         changed = sum(block.why is None for block in self.blocks)
-        return "\n".join(
-            [
-                text_table(columns, rows, left=(0, 5)),
-                f"{changed} of {len(self.blocks)} blocks refined in {self.seconds:.1f} s",
-            ]
-        )
+        return f"{changed} of {len(self.blocks)} blocks refined in {self.seconds:.1f} s; errors of the network's output"
+
+    def __str__(self) -> str:
+        return f"{text_table(*self.table, left=(0, 5))}\n{self.outcome}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -303,16 +311,14 @@ class _Saved:
 
     def __init__(self, directory: str | os.PathLike[str], identity: str) -> None:
         self.directory, self.identity = Path(directory), identity
-        self.directory.mkdir(parents=True, exist_ok=True)
 
     def _path(self, index: int) -> Path:
         return self.directory / f"block-{index:04}.safetensors"
 
     def write(self, index: int, block: _Block, report: BlockReport) -> None:
         tensors = {str(number): p.detach().cpu().contiguous() for number, p in enumerate(block.parameters)}
-        aside = self._path(index).with_suffix(f".{os.getpid()}")
-        save_file(tensors, aside, metadata={"identity": self.identity, "report": json.dumps(asdict(report))})
-        os.replace(aside, self._path(index))
+        with atomic.file(self._path(index)) as aside:
+            save_file(tensors, aside, metadata={"identity": self.identity, "report": json.dumps(asdict(report))})
 
     @torch.no_grad()
     def restore(self, index: int, block: _Block) -> BlockReport | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budgets.allocate import Grid, Layer, grid_of
-from ..layers import sharing
+from ..layers import replaced, sharing
 from ..measure import interleaved
 from ..nn import empty_like_dense, from_dense
 from .batches import batch_size, call, device_of, model_inputs, undisturbed
@@ -131,10 +131,7 @@ class PlanScene:
                 module = from_dense(dense, rank, factors=factors, noise=0.0, **self.plan[layer.name].form)
             else:
                 module = empty_like_dense(dense, rank, **self.plan[layer.name].form)
-            if not layer.name:
-                return module
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+            model = replaced(model, layer.name, module)
         return model
 
     def _inputs(self) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,16 +47,3 @@ def check(run: Callable[[Any], list[Tensor]], model: nn.Module, inputs: Any, wha
     if not worst <= CLOSE:
         raise ValueError(f"{what} is {worst:.1e} away from the model, more than {CLOSE:g}; nothing was written")
     return worst
-
-
-@contextmanager
-def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write to that becomes `path` when all went well, and is gone otherwise."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

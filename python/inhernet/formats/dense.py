@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..decompose.batches import copied
+from ..layers import replaced
 from ..nn import LowRankModule
 
 
@@ -31,10 +32,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             dense = source.to_dense()
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        if not name:
-            return dense.train(model.training)
-        parent, _, child = name.rpartition(".")
-        setattr(result.get_submodule(parent), child, dense.train(module.training))
+        result = replaced(result, name, dense.train(module.training))
     for stale in ("inhernet_plan", "inhernet_refinement", "save_pretrained"):
         result.__dict__.pop(stale, None)
     return result

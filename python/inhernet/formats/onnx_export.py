@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import atomic
 from ..decompose.blocks import without_cache
-from .compare import aside, check
+from .compare import check
 from .program import exported
 
 
@@ -35,7 +36,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'inherit-kernels[onnx]'") from error
     model = model.eval()
-    with aside(path) as target, without_cache(model):
+    with atomic.file(path) as target, without_cache(model):
         program: Any = torch.onnx.export(exported(model, example_inputs), dynamo=True, verbose=False)
         program.save(str(target), external_data=False)
         session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import sharing
+from ..layers import replaced, sharing
 from ..nn import LowRankModule
 
 
@@ -66,8 +66,5 @@ def plain(model: nn.Module) -> nn.Module:
     for name, module in list(result.named_modules()):
         if isinstance(module, LowRankModule):
             made = PlainLinear(module) if module.down.dim() == 2 else PlainConv2d(module)
-            if not name:
-                return made.eval()
-            parent, _, child = name.rpartition(".")
-            setattr(result.get_submodule(parent), child, made)
+            result = replaced(result, name, made)
     return result.eval()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import atomic
 from ..decompose.batches import floating_outputs
 from ..decompose.blocks import without_cache
-from .compare import aside, check, larger
+from .compare import check, larger
 from .plain import plain
 
 
@@ -44,7 +45,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], example_input
         ValueError: they differ by more than 1e-3. What `torch.export` raises for a model that it cannot trace.
     """
     model = model.eval()
-    with aside(path) as target, without_cache(model):
+    with atomic.file(path) as target, without_cache(model):
         with target.open("wb") as file:
             torch.export.save(exported(model, example_inputs), file)
         with target.open("rb") as file:
@@ -57,7 +58,7 @@ def export_aoti(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
     `torch._inductor.aoti_load_package(path)`, without inhernet. Arguments, result and errors as `export_program`'s; needs a
     C++ compiler."""
     model = model.eval()
-    with aside(path) as target, without_cache(model):
+    with atomic.file(path) as target, without_cache(model):
         whole = target.with_name(f"{target.name}.pt2")  # the compiler asks for this ending
         try:
             torch._inductor.aoti_compile_and_package(exported(model, example_inputs), package_path=str(whole))

@@ -17,6 +17,15 @@ def sharing(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*tensors, *made)})
 
 
+def replaced(model: nn.Module, name: str, module: nn.Module) -> Any:
+    """`model` with `module` where `name` was, in place; the name "" is the model itself."""
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model
+
+
 def linear_of(weight: Tensor, bias: Tensor | None, like: nn.Parameter) -> nn.Linear:
     """A linear layer of a weight `[N, K]` and a bias `[N]` that are views of others; trainable where `like` is."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import inhernet
-from inhernet import InheritConfig, UniformRank, UniformRatio, formats
+from inhernet import InheritConfig, UniformRank, UniformRatio, atomic, formats
 from inhernet.cli import main
 from inhernet.formats import compare
 from inhernet.nn import LowRankModule
@@ -147,7 +147,7 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path):
         compare.check(lambda x: [model(x) * 1.01], model, images(), "the file")
     with pytest.raises(ValueError, match="shapes"):
         compare.check(lambda x: [model(x)[:1]], model, images(), "the file")
-    with pytest.raises(RuntimeError), compare.aside(tmp_path / "net.pt2") as path:
+    with pytest.raises(RuntimeError), atomic.file(tmp_path / "net.pt2") as path:
         path.write_text("half of it")
         raise RuntimeError
     assert (tmp_path / "net.pt2").read_text() == "the earlier one"
