@@ -70,7 +70,10 @@ def test_a_conversion_that_was_stopped_goes_on(teacher, tmp_path, monkeypatch, n
     whole = [*command[:-1], str(tmp_path / "whole")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "inhernet", *command]
-    first = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # A background job of a shell ignores Ctrl-C, and so would what it starts.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    first = subprocess.Popen(run, env=environment, preexec_fn=heed, **pipes)
     # Two blocks of 1,000 steps are left then, seconds: the signal comes in time on a busy machine too.
     finished = tmp_path / "stopped.refining" / "block-0001.safetensors"
     deadline = time.monotonic() + 120
