@@ -25,6 +25,7 @@ from .planning import factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
 from .refine import refine_blocks
 from .selection import check_teacher
+from .truncated import truncated_factors
 
 
 def inherit(
@@ -181,6 +182,8 @@ def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> L
         return fill_published_(empty_like_dense(dense, rank, **form), dense, generator)
     if layer.init == "random":
         factors = random_factors(dense.weight.flatten(1), rank, generator)
+    elif layer.init == "svd" and layer.name not in result.factors:
+        factors = truncated_factors(dense.weight.flatten(1), rank).take(rank)
     else:
         factors = factors_of(result, teacher, layer).take(rank)
     return from_dense(dense, rank, factors=factors, noise=result.config.noise, generator=generator, **form)

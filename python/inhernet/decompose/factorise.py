@@ -99,9 +99,9 @@ def weighted_factors(
         moment = getattr(moments, name)
         if moment is not None and moment.shape != (side, side):
             raise ValueError(f"moments.{name} has shape {tuple(moment.shape)}, expected ({side}, {side})")
-    matrix = _finite(weight.detach().to(torch.float64), "weight")
-    inputs = _finite(moments.inputs.to(matrix), "the input moment")
-    outputs = None if moments.outputs is None else _finite(moments.outputs.to(matrix), "the output moment")
+    matrix = finite(weight.detach().to(torch.float64), "weight")
+    inputs = finite(moments.inputs.to(matrix), "the input moment")
+    outputs = None if moments.outputs is None else finite(moments.outputs.to(matrix), "the output moment")
     lift_input = shrinkage_input * moments.input_mean
     lift_output = shrinkage_output * moments.output_mean
     keep = side if keep is None else min(keep, side)
@@ -141,7 +141,7 @@ def random_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tup
     return (down * scale).to(weight.device), (up * scale).to(weight.device)
 
 
-def _finite(matrix: Tensor, what: str) -> Tensor:
+def finite(matrix: Tensor, what: str) -> Tensor:
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{what} of shape {tuple(matrix.shape)} holds NaN or infinity and cannot be decomposed")
     return matrix
