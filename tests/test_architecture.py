@@ -33,6 +33,7 @@ LAYERS = [
     "formats",
     "architecture",
     "checkpoint",
+    "streaming",
     "distill",
     "serve",
     "demos",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .decompose import Plan, inherit, plan, refine_blocks, summary, verify
     from .export import Optimization, optimize
     from .pretrained import register
+    from .streaming import convert_stream
 
 _HOME = {
     "InheritConfig": "config",
@@ -45,6 +46,7 @@ _HOME = {
     "Optimization": "export",
     "optimize": "export",
     "register": "pretrained",
+    "convert_stream": "streaming",
     "save": "checkpoint",
     "load": "checkpoint",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "RefineConfig",
     "UniformRank",
     "UniformRatio",
+    "convert_stream",
     "inherit",
     "load",
     "optimize",

@@ -78,6 +78,14 @@ def register() -> None:
     register_quantizer(METHOD)(InheritedLoader)
 
 
+def inherited_config(plan: Any) -> Any:
+    """transformers' `quantization_config` that carries a plan."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    register()
+    return AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](plan.to_dict())
+
+
 class _SavePretrained:
     """`save_pretrained` of an inherited model: as transformers' own, with the plan in `config.json`."""
 
@@ -88,10 +96,7 @@ class _SavePretrained:
         return _SavePretrained, (self._model(),)  # for pickle and deepcopy: the copy speaks of the copied model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
         model: Any = self._model()
-        register()
         before = getattr(model.config, "quantization_config", None)
         if before is not None and getattr(before, "quant_method", None) != METHOD:
             warnings.warn(
@@ -99,7 +104,7 @@ class _SavePretrained:
                 "from_pretrained knows one",
                 stacklevel=2,
             )
-        model.config.quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](model.inhernet_plan.to_dict())
+        model.config.quantization_config = inherited_config(model.inhernet_plan)
         try:
             return type(model).save_pretrained(model, *args, **kwargs)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from inhernet.console import say, table
 
-from .options import Command, add_config, add_teacher, need_free
+from .options import Command, add_config, add_teacher, config_of, need_free
 from .plan import make_plan, show_plan
 from .usage import OVERWRITE_HELP
 
@@ -26,6 +27,9 @@ def add(command: Command) -> None:
                         "each block is adjusted to the teacher's, going on where an interrupted run stopped")  # fmt: skip
     parser.add_argument("--refine-steps", type=int, default=300, metavar="N", help="per block (default: 300)")
     parser.add_argument("--refine-seconds", type=float, metavar="S", help="at most about so long in all")
+    parser.add_argument("--stream", action="store_true", help="a layer at a time from a TEACHER hf:DIR that need not fit "
+                        "into memory, into a transformers directory: by --budget, --ratio or --rank, without data; goes on "
+                        "where it was stopped; under torchrun, processes share the work")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
 
@@ -37,6 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from . import specs
 
+    if arguments.stream:
+        convert_from_disk(arguments)
+        return
     teacher_directory = arguments.teacher.removeprefix("hf:") if arguments.teacher.startswith("hf:") else None
     need_free(arguments.out, arguments, teacher_directory, arguments.weights, arguments.plan)
     if arguments.plan:
@@ -74,6 +81,38 @@ def run(arguments: argparse.Namespace) -> None:
     inhernet.save(model, arguments.out, factory=factory)
     shutil.rmtree(state, ignore_errors=True)
     say(f"converted in {time.perf_counter() - started:.1f} s; written to {arguments.out}")
+
+
+def convert_from_disk(arguments: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from inhernet.streaming import convert_stream
+
+    from . import specs
+
+    if not arguments.teacher.startswith("hf:"):
+        raise specs.UsageError(
+            f"TEACHER is {arguments.teacher!r}, expected hf:DIR with --stream: files, not a function"
+        )
+    for name in ("data", "plan", "weights"):
+        if getattr(arguments, name) is not None:
+            raise specs.UsageError(f"--{name} is given beside --stream, which reads nothing but hf:DIR: leave it out")
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if shared:
+        dist.init_process_group("gloo")
+    try:
+        started = time.perf_counter()
+        source = arguments.teacher.removeprefix("hf:")
+        plan = convert_stream(source, arguments.out, config_of(arguments), overwrite=arguments.overwrite)
+        if not shared or dist.get_rank() == 0:
+            show_plan(plan)
+            say(
+                f"converted in {time.perf_counter() - started:.1f} s; written to {arguments.out}: inhernet.register(), then "
+                "AutoModel.from_pretrained loads it"
+            )
+    finally:
+        if shared:
+            dist.destroy_process_group()
 
 
 def show_refinement(refinement: Any) -> None:

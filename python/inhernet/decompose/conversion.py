@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import InheritConfig, RefineConfig
 from ..layers import open_layers, replaced
@@ -21,7 +21,7 @@ from .calibration import collect_moments
 from .factorise import random_factors
 from .layers import LayerPlan
 from .pieces import TooFew
-from .planning import factors_of, missing_moments, plan
+from .planning import NEEDS, factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
 from .refine import refine_blocks
 from .selection import check_teacher
@@ -174,16 +174,24 @@ def _complete(
 
 
 def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> LowRankModule:
+    if layer.init in NEEDS or layer.name in result.factors:
+        factors = factors_of(result, teacher, layer).take(layer.rank or 1)
+        return low_rank_module(dense, layer, result.config, factors)
+    return low_rank_module(dense, layer, result.config)
+
+
+def low_rank_module(
+    dense: Any, layer: LayerPlan, config: InheritConfig, factors: tuple[Tensor, Tensor] | None = None
+) -> LowRankModule:
+    """The module that takes the place of `dense` by its plan, of these factors or of those that the weight alone gives."""
     # A seed per name: a layer's numbers do not depend on which others are converted.
-    generator = torch.Generator().manual_seed(result.config.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
     rank = layer.rank or 1  # never None here: only factorised layers come
     form: dict[str, Any] = layer.form
     if layer.init == "published":
         return fill_published_(empty_like_dense(dense, rank, **form), dense, generator)
     if layer.init == "random":
         factors = random_factors(dense.weight.flatten(1), rank, generator)
-    elif layer.init == "svd" and layer.name not in result.factors:
+    elif factors is None:
         factors = truncated_factors(dense.weight.flatten(1), rank).take(rank)
-    else:
-        factors = factors_of(result, teacher, layer).take(rank)
-    return from_dense(dense, rank, factors=factors, noise=result.config.noise, generator=generator, **form)
+    return from_dense(dense, rank, factors=factors, noise=config.noise, generator=generator, **form)

@@ -69,10 +69,24 @@ def plan(
     calibration = None if calibration is None else reusable(calibration)
     check_teacher(model)
     config = replace(config, device=config.device or device_of(model).type)
-    digest, total = weights_hash(model), sum(p.numel() for p in model.parameters())
-    model = open_layers(model)
+    digest = weights_hash(model)
     if statistics is not None:
         _reusable_statistics(statistics, calibration, digest)
+    return planned(model, config, digest, calibration, output_fn, statistics, example_inputs)
+
+
+def planned(
+    model: nn.Module,
+    config: InheritConfig,
+    digest: str,
+    calibration: Iterable[Any] | None = None,
+    output_fn: Callable[[Any], Any] | None = None,
+    statistics: Plan | None = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """`plan` of a model that was looked at. Without data and spectra, shapes suffice: it may be on meta."""
+    total = sum(p.numel() for p in model.parameters())
+    model = open_layers(model)
     measured = calibration is not None or statistics is not None
     default_init = config.init or ("fisher" if measured else "svd")
     pairs = candidates(model, config)

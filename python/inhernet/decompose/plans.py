@@ -28,8 +28,13 @@ PLAN_FILE, STATISTICS_FILE = "plan.json", "statistics.safetensors"
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the parameters (buffers may drift, weights may not)."""
+    return hash_of(sorted(model.named_parameters(), key=lambda pair: pair[0]))
+
+
+def hash_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """`weights_hash` of a model's parameters, given in the order of their names, one at a time."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+    for name, parameter in parameters:
         digest.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())
         data = parameter.detach().cpu().contiguous().reshape(-1)
         if data.numel():

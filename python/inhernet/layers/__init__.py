@@ -7,9 +7,9 @@ linear layers inside. One file for each kind; `register` adds yours.
 
 from . import attention, conv1d, encoder_layer, experts, transposed_linear
 from .copies import replaced, sharing
-from .registry import open_layers, register, why_closed
+from .registry import can_open, open_layers, register, why_closed
 
-__all__ = ["open_layers", "register", "replaced", "sharing", "why_closed"]
+__all__ = ["can_open", "open_layers", "register", "replaced", "sharing", "why_closed"]
 
 # Owners before what they own: an encoder layer decides about its attention.
 register(encoder_layer.opens, encoder_layer.opened)

@@ -61,7 +61,7 @@ def open_layers(model: nn.Module, within: Iterable[str] | None = None) -> nn.Mod
         within: names of layers; only modules are opened that they are in (`"attention.q_proj"` opens `attention`). None: all.
     """
     names = None if within is None else tuple(within)
-    if not any(_fits(module, name, names) for name, module in model.named_modules()):
+    if not any(_asked(name, names) and can_open(module) for name, module in model.named_modules()):
         return model
     result, owners = sharing(model), Counter(id(p) for m in model.modules() for p in m._parameters.values())
     # Again for each kind: what an opened module consists of may be of the next.
@@ -84,8 +84,9 @@ def why_closed(module: nn.Module) -> str | None:
     return next((why for kind in _KINDS if kind.opens(module) for why in [kind.why_not(module)] if why), None)
 
 
-def _fits(module: nn.Module, name: str, names: tuple[str, ...] | None) -> bool:
-    return _asked(name, names) and any(kind.opens(module) and kind.why_not(module) is None for kind in _KINDS)
+def can_open(module: nn.Module) -> bool:
+    """Whether a module is of a kind that is opened, and can be."""
+    return any(kind.opens(module) and kind.why_not(module) is None for kind in _KINDS)
 
 
 def _asked(name: str, names: tuple[str, ...] | None) -> bool:
