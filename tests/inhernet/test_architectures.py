@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inhernet
 from inhernet import InheritConfig, UniformRank, UniformRatio
+from inhernet.cli import main
 from inhernet.layers import open_layers
 from inhernet.models import resnet20
 from inhernet.nn import LowRankModule
@@ -227,3 +230,61 @@ def test_compile_and_export(name):
         program = torch.export.export(model, (), {**inputs, **options}, strict=False)
         found = program.module()(**inputs, **options)
         torch.testing.assert_close(found if isinstance(found, Tensor) else found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+BROUGHT = """
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from inhernet.models import resnet20
+
+def cifar():
+    return resnet20(num_classes=10)
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+def data():
+    inputs = load_file("inputs.safetensors")
+    batches = [{key: value.repeat(4, *[1] * (value.dim() - 1)) for key, value in inputs.items()} for _ in range(2)]
+    return [next(iter(b.values())) for b in batches] if set(inputs) <= {"x", "src"} else batches
+"""
+
+
+@pytest.mark.slow
+@each
+def test_the_command_line_takes_it(name, tmp_path, monkeypatch, capsys):
+    """plan, convert with refinement, sweep and export, from a directory of transformers or from a function."""
+    teacher, inputs = network(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "brought", raising=False)
+    (tmp_path / "brought.py").write_text(BROUGHT)
+    save_file({key: value.clone() for key, value in inputs.items()}, "inputs.safetensors")
+    if name in ("cifar", "encoder"):
+        save_file(teacher.state_dict(), "weights.safetensors")
+        who = [f"brought:{name}", "--weights", "weights.safetensors"]
+    else:
+        teacher.save_pretrained("teacher")
+        who = ["hf:teacher"]
+
+    def run(*words: str) -> str:
+        status = main(list(words))
+        shown = capsys.readouterr()
+        assert status == 0, shown.err
+        return shown.out
+
+    data = ["--data", "brought:data"]
+    assert "factorised" in run("plan", *who, *data, "--ratio", "0.6")
+    assert "blocks refined" in run("convert", *who, *data, "--ratio", "0.6", "--refine-steps", "2", "--out", "small")
+    sweep = run("sweep", *who, *data, "--shares", "0.6", "--refine-steps", "1", "--seconds", "0.05", "--out", "swept")
+    assert "60" in sweep
+    assert (tmp_path / "swept" / "sweep.png").stat().st_size > 5_000
+    trust = (
+        ["--trust", "brought"] if who[0].startswith("brought") else ["--trust", "transformers"] * (name == "wav2vec2")
+    )
+    if name == "mixtral":
+        return  # not exportable: see test_compile_and_export
+    for kind, file in (("onnx", "net.onnx"), ("program", "net.pt2")):
+        assert "difference" in run("export", "small", "--format", kind, *data, *trust, "--out", file)

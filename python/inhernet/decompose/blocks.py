@@ -20,7 +20,8 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """The modules that are refined as one: the repeated blocks that hold `layers`, and each layer outside of them alone.
 
     A block is a child of a list of modules (`encoder.layer.0`, `layer1.0`); a list inside of a block counts where most of
-    the block's layers are in it (a stage that holds a list of blocks, T5's sublayers).
+    the block's layers are in it (a stage that holds a list of blocks, T5's sublayers). Experts stay together: which rows
+    one of them gets is another matter in the teacher.
 
     Example:
         >>> stack = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
@@ -32,7 +33,7 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 def _cut(module: nn.Module, name: str, layers: frozenset[str], repeated: bool) -> Iterator[str]:
     inside = _inside(name, layers)
-    if name in layers:
+    if name in layers or (inside and _routes(module)):
         yield name
         return
     children = [(_joined(name, child), part) for child, part in module.named_children()]
@@ -48,12 +49,17 @@ def _cut(module: nn.Module, name: str, layers: frozenset[str], repeated: bool) -
 def _stacked(module: nn.Module, name: str, layers: frozenset[str]) -> int:
     """How many of `layers` are in lists of modules inside of this one, not counting lists of plain layers."""
     held: set[str] = set()
+    routers = tuple(f"{below}." for below, part in module.named_modules(prefix=name) if _routes(part))
     for below, part in module.named_modules(prefix=name):
-        if below != name and isinstance(part, _CONTAINERS):
+        if below != name and isinstance(part, _CONTAINERS) and not f"{below}.".startswith(routers):
             inside = _inside(below, layers)
             plain = {layer for layer in inside if "." not in layer.removeprefix(f"{below}.")}
             held |= inside - plain
     return len(held)
+
+
+def _routes(module: nn.Module) -> bool:
+    return "experts" in type(module).__name__.lower()
 
 
 def _inside(name: str, layers: frozenset[str]) -> set[str]:

@@ -245,7 +245,10 @@ class _Block:
             while where < 1.0:
                 order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * where)) / 2
-                loss = _relative(*self._pair(order.pop()))
+                y, target = self._pair(order.pop())
+                if y.shape != target.shape:
+                    return taken, f"it computes {len(y)} rows where the teacher's block computes {len(target)}"
+                loss = _relative(y, target)
                 if not loss.requires_grad:
                     return taken, "its output does not depend on its low-rank layers"
                 error = float(loss.detach()) ** 0.5

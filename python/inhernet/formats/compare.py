@@ -30,6 +30,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
         return [tensor for _, tensor in floating_outputs(call(model, inputs))]
 
 
+@torch.no_grad()
 def check(run: Callable[[Any], list[Tensor]], model: nn.Module, inputs: Any, what: str) -> float:
     """The largest relative difference of an output, at two numbers of examples.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import atomic
 from ..decompose.blocks import without_cache
@@ -37,7 +38,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_inputs: 
         raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'inherit-kernels[onnx]'") from error
     model = model.eval()
     with atomic.file(path) as target, without_cache(model):
-        program: Any = torch.onnx.export(exported(model, example_inputs), dynamo=True, verbose=False)
+        # torch.onnx writes attention as its formula, whose result lies otherwise in memory than the fused kernel's: a view of
+        # that (T5's) could not be translated.
+        with sdpa_kernel(SDPBackend.MATH):
+            program: Any = torch.onnx.export(exported(model, example_inputs), dynamo=True, verbose=False)
         program.save(str(target), external_data=False)
         session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]

@@ -10,15 +10,26 @@ from torch import Tensor, nn
 
 from ..layers import replaced, sharing
 from ..nn import LowRankModule
+from ..nn.dense_view import DenseWeightView
 
 
-class PlainLinear(nn.Module):
-    """`y = (x·downᵀ)·upᵀ + bias`, or with heads `Σ_h g_h (up_h t + bias_h)`, in products that every engine has."""
+class Plain(nn.Module):
+    """The parameters of a low-rank module, and what models look at in a layer."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.down, self.bias = module.down, module.bias
         self.up, self.gate = module.up, module.gate if module.gated else None
+        self.__dict__["_source"] = module  # no child: its parameters are ours already
+
+    @property
+    def weight(self) -> DenseWeightView:
+        """For code that looks at its dtype, as transformers' does (ViT, CLIP, T5)."""
+        return DenseWeightView(self._source, (self.up.shape[-2], *self.down.shape[1:]))
+
+
+class PlainLinear(Plain):
+    """`y = (x·downᵀ)·upᵀ + bias`, or with heads `Σ_h g_h (up_h t + bias_h)`, in products that every engine has."""
 
     def forward(self, x: Tensor) -> Tensor:
         t = F.linear(x, self.down)
@@ -31,13 +42,11 @@ class PlainLinear(nn.Module):
         return y if self.bias is None else y + g @ self.bias
 
 
-class PlainConv2d(nn.Module):
+class PlainConv2d(Plain):
     """A convolution to R channels and a 1 × 1 convolution; heads are mixed per image by the mean of the R channels."""
 
     def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.down, self.bias = module.down, module.bias
-        self.up, self.gate = module.up, module.gate if module.gated else None
+        super().__init__(module)
         self.stride, self.padding, self.dilation = module.stride, module.padding, module.dilation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from inhernet.decompose.blocks import Call, blocks_of, call_of, order_of, without_cache
+from inhernet.layers import open_layers
 from inhernet.models import resnet20
 
 transformers = pytest.importorskip("transformers")
@@ -15,7 +16,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def matrices(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return [name for name, module in net.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
 
 
 def bert() -> nn.Module:
@@ -31,6 +32,11 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=3, head_dim=16)
+    return open_layers(transformers.MixtralForCausalLM(config)).eval()
+
+
 def convnext() -> nn.Module:
     config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=32)
     return transformers.ConvNextModel(config).eval()
@@ -41,6 +47,7 @@ def convnext() -> nn.Module:
     [
         (bert, ["encoder.layer.0", "encoder.layer.1", "pooler.dense"]),
         (llama, ["model.layers.0", "model.layers.1", "lm_head"]),
+        (mixtral, ["model.layers.0", "model.layers.1", "lm_head"]),
         (
             t5,
             [f"encoder.block.0.layer.{i}" for i in (0, 1)]

@@ -308,3 +308,26 @@ def test_words_in_another_order_and_images_over_each_other():
     images = torch.randn(4, 3, 8, 8)
     assert not torch.equal(pieces.unlike(images, generator), images)
     assert pieces.unlike(images, generator).shape == images.shape
+
+
+class Routed(nn.Module):
+    """Which rows the second layer gets, the first one decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return torch.zeros_like(x).masked_scatter((x[:, :1] > 0).expand_as(x), self.second(x[x[:, 0] > 0]))
+
+
+def test_a_layer_that_gets_other_rows_than_the_teachers_is_left():
+    torch.manual_seed(0)
+    teacher = Routed().eval()
+    data = [torch.randn(64, 32) for _ in range(2)]
+    plain = inhernet.inherit(teacher, InheritConfig(budget=inhernet.UniformRank(2)), data, refine=False)
+    model = inhernet.inherit(teacher, InheritConfig(budget=inhernet.UniformRank(2)), data, refine=RefineConfig(steps=3))
+    second = next(block for block in model.inhernet_refinement.blocks if block.name == "second")
+    assert "rows where the teacher's block computes" in second.why
+    assert torch.equal(model.second.down, plain.second.down)

@@ -105,6 +105,21 @@ def test_a_program_runs_without_inhernet(tmp_path):
     assert done.stdout.split() == ["True", "False", "False"]
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_model_that_looks_at_its_layers_weight_is_exported(heads, tmp_path):
+    """transformers' ViT asks its patch embedding for `projection.weight.dtype`."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=4)
+    model = inhernet.inherit(transformers.ViTModel(config).eval(), InheritConfig(heads=heads, budget=UniformRatio(0.5)))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LowRankModule) and module.gated:
+                module.gate.weight.normal_()  # no dense weight equals it
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    assert formats.export_program(model, tmp_path / "net.pt2", inputs) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [1, 3, "bert"])
 def test_a_compiled_package_runs_without_inhernet(what, tmp_path):
