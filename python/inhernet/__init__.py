@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     )
     from .checkpoint import load, save
     from .config import InheritConfig, RefineConfig
-    from .decompose import Plan, inherit, plan, refine_blocks, summary, verify
+    from .decompose import (
+        Plan,
+        at_level,
+        cut,
+        elastic,
+        inherit,
+        plan,
+        refine_blocks,
+        restore,
+        set_level,
+        summary,
+        verify,
+    )
     from .export import Optimization, optimize
     from .pretrained import register
     from .streaming import convert_stream
@@ -40,6 +52,11 @@ _HOME = {
     "Plan": "decompose",
     "plan": "decompose",
     "inherit": "decompose",
+    "elastic": "decompose",
+    "restore": "decompose",
+    "set_level": "decompose",
+    "at_level": "decompose",
+    "cut": "decompose",
     "refine_blocks": "decompose",
     "verify": "decompose",
     "summary": "decompose",
@@ -64,14 +81,19 @@ __all__ = [
     "RefineConfig",
     "UniformRank",
     "UniformRatio",
+    "at_level",
     "convert_stream",
+    "cut",
+    "elastic",
     "inherit",
     "load",
     "optimize",
     "plan",
     "refine_blocks",
     "register",
+    "restore",
     "save",
+    "set_level",
     "summary",
     "verify",
 ]

@@ -2,7 +2,8 @@
 
 `config.json` names how the dense architecture is built and which tensors are tied, `plan.json` says which layers are
 low-rank and how, `model.safetensors` holds parameters and buffers. The teacher is not needed to load. An optimised model
-adds `optimized.json`, its choices per layer; the other files are those of the model it was made from.
+adds `optimized.json`, its choices per layer; the other files are those of the model it was made from. An elastic one adds
+`levels.json`, the ranks of each level.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 import inherit_kernels
 
 from . import architecture, atomic
-from .decompose import Plan
+from .decompose import Levels, Plan, set_level
+from .decompose.levels import attach
 from .decompose.rebuild import with_empty_layers
 from .export import Optimization, restore
 from .nn import LowRankModule
@@ -31,7 +33,8 @@ from .pretrained import kept_by_pretrained
 
 FORMAT_VERSION = 1
 CONFIG, PLAN, WEIGHTS, OPTIMIZED = "config.json", "plan.json", "model.safetensors", "optimized.json"
-_OURS = {CONFIG, PLAN, WEIGHTS, OPTIMIZED}
+LEVELS = "levels.json"
+_OURS = {CONFIG, PLAN, WEIGHTS, OPTIMIZED, LEVELS}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LIMIT = 64 * 2**20  # bytes of JSON; a plan of a thousand layers has 0.5 MB
 
@@ -60,7 +63,7 @@ def save(
     """
     name, arguments = architecture.describe(model, factory, args)
     plan = _checked_plan(model)
-    optimization = getattr(model, "optimization", None)
+    optimization, levels = getattr(model, "optimization", None), model.__dict__.get("inhernet_levels")
     tensors, ties = _unique_tensors(model)
     target = check_target(dir)
     config = {
@@ -78,6 +81,8 @@ def save(
             (directory / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
         if isinstance(optimization, Optimization):
             (directory / OPTIMIZED).write_text(optimization.to_json() + "\n", encoding="utf-8")
+        if isinstance(levels, Levels):
+            (directory / LEVELS).write_text(levels.to_json() + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         whole = {**config, "weights_sha256": _sha256(directory / WEIGHTS)}
         (directory / CONFIG).write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -96,7 +101,7 @@ def load(
     """Read a model that `save` wrote: on the CPU, in eval mode, without the teacher.
 
     An optimised model comes back optimised where processor, threads and versions are those it was measured with;
-    elsewhere a note says what differs and the plain model is returned.
+    elsewhere a note says what differs and the plain model is returned. An elastic model comes back at its largest level.
 
     No file of the directory runs code. Without consent it may only name a function of `inhernet.models` or a
     configuration class of transformers.
@@ -115,7 +120,7 @@ def load(
     Example:
         >>> model = load("student")  # doctest: +SKIP
     """
-    directory, config, plan_text, tensors, choices = _read_consistently(Path(dir))
+    directory, config, tensors, (plan_text, choices, levels) = _read_consistently(Path(dir))
     name, args = config["factory"], config["args"]
     # A dense layer has at most two parameters where a low-rank one has three to five; builders may make some in vain.
     most = 4 * (len(tensors) + len(config["ties"])) + 1000
@@ -124,12 +129,17 @@ def load(
     if plan_text is not None:
         plan = _parse(lambda: Plan.from_json(plan_text), directory / PLAN)
         model = _parse(lambda: with_empty_layers(model, plan.layers), directory / PLAN)
+    if plan is not None:
+        model.inhernet_plan = plan
+    if levels is not None:
+        _parse(lambda: attach(model, Levels.from_json(levels)), directory / LEVELS)
     _assign(model, tensors, config["ties"], directory)
     model.__dict__["inhernet_factory"] = (name, args)
     if plan is not None:
-        model.inhernet_plan = plan
         kept_by_pretrained(model)
     model.eval()
+    if levels is not None:
+        set_level(model, 0)
     if choices is None or not optimized:
         return model
     return _parse(lambda: restore(model, choices), directory / OPTIMIZED)
@@ -209,7 +219,7 @@ def _refuse_what_is_not_ours(target: Path) -> None:
         )
 
 
-def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, dict[str, Tensor], str | None]:
+def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor], tuple[str | None, ...]]:
     """Read all files of one version, even if another process swaps the directory meanwhile."""
     target = Path(os.path.realpath(path))
     for attempt in range(10):
@@ -218,11 +228,11 @@ def _read_consistently(path: Path) -> tuple[Path, dict[str, Any], str | None, di
             raise FileNotFoundError(f"dir {path} is not a directory")
         before = directory.stat().st_ino
         try:
-            plan, choices = _read_optional(directory / PLAN), _read_optional(directory / OPTIMIZED)
+            optional = tuple(_read_optional(directory / name) for name in (PLAN, OPTIMIZED, LEVELS))
             config = _read_config(directory)
             tensors = _read_tensors(directory)
             intact = config.get("weights_sha256") in (None, _sha256(_inside(directory, WEIGHTS)))  # None: an older save
-            content = directory, config, plan, tensors, choices
+            content = directory, config, tensors, optional
         except FileNotFoundError:
             if attempt == 9 or _inode(directory) == before:
                 raise

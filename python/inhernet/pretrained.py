@@ -97,6 +97,11 @@ class _SavePretrained:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
+        if "inhernet_levels" in model.__dict__:
+            raise ValueError(
+                "model has levels, which transformers' files do not know: save inhernet.cut(model, level), or the whole with "
+                "inhernet.save"
+            )
         before = getattr(model.config, "quantization_config", None)
         if before is not None and getattr(before, "quant_method", None) != METHOD:
             warnings.warn(

@@ -16,8 +16,10 @@ from . import atomic
 from .budgets import ParamBudget
 from .config import InheritConfig, RefineConfig
 from .console import progress
-from .decompose import Plan, inherit, plan, refine_blocks, summary, verify, weights_hash
+from .decompose import Plan, cut, inherit, plan, refine_blocks, summary, verify, weights_hash
+from .decompose import elastic as make_elastic
 from .decompose.batches import call, device_of, model_inputs, reusable
+from .decompose.levels import levels_of
 from .fingerprint import contents
 from .measure import interleaved
 
@@ -26,11 +28,12 @@ FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One network. Errors are `verify`'s of its first output, on the judging data; `macs` and `milliseconds` for the first
-    batch of it, and what the teacher takes beside (timed in the same rounds)."""
+    """One network, "decomposed", "refined", or a level of an "elastic" one. Errors are `verify`'s of its first output, on the
+    judging data; `macs` and `milliseconds` for the first batch of it, and what the teacher takes beside (timed in the same
+    rounds)."""
 
     share: float
-    refined: bool
+    kind: str
     params: int
     teacher_params: int
     macs: int
@@ -54,6 +57,7 @@ def sweep(
     output_fn: Callable[[Any], Any] | None = None,
     directory: str | os.PathLike[str] | None = None,
     seconds: float = 1.0,
+    elastic: bool = False,
 ) -> list[SweepRow]:
     """Convert a teacher at each share of its selected layers' parameters and measure what is kept, as decomposed and refined.
 
@@ -68,9 +72,10 @@ def sweep(
         directory: every finished row is written to `sweep.json` there at once; called again with the same teacher,
             settings and first batches, rows that are there are taken over.
         seconds: for each latency.
+        elastic: also make one elastic network with all shares as its levels, and measure each.
 
     Returns:
-        One or two rows (refined) per share, in the order of `shares`.
+        One to three rows (decomposed, refined, elastic) per share, in the order of `shares`.
 
     Raises:
         ValueError: what `plan`, `inherit` and `verify` raise.
@@ -85,14 +90,14 @@ def sweep(
     settings = replace(config, budget=ParamBudget(1.0))
     how = RefineConfig() if refine is True else refine
     first = next(iter(judging))
-    identity = contents(
-        [weights_hash(teacher), settings.to_json(), repr(how), contents(next(iter(calibration))), contents(first)]
-    )
+    parts = [weights_hash(teacher), settings.to_json(), repr(how), contents(next(iter(calibration))), contents(first)]
+    identity = contents(parts + [sorted(shares)] * elastic)
     done = _read(directory, identity)
+    kinds = ["decomposed"] + ["refined"] * bool(how)
     shared: Plan | None = None
     with progress("sweep", len(shares)) as bar:
         for share in shares:
-            if _missing(done, share, refine):
+            if any((share, kind) not in done for kind in kinds):
                 planned = plan(
                     teacher,
                     replace(config, budget=ParamBudget(share)),
@@ -102,23 +107,26 @@ def sweep(
                 )
                 shared = shared or planned
                 model = inherit(teacher, planned, refine=False)
-                for refined in (False, True)[: 1 + bool(how)]:
-                    if refined and isinstance(how, RefineConfig):
+                for kind in kinds:
+                    if kind == "refined" and isinstance(how, RefineConfig):
                         refine_blocks(model, teacher, calibration, how, output_fn)
-                    row = _measured(share, refined, model, teacher, judging, first, output_fn, seconds)
-                    done[share, refined] = row
+                    row = _measured(share, kind, model, teacher, judging, first, output_fn, seconds)
+                    done[share, kind] = row
                     _write(directory, identity, done)
             bar.advance(1, f"{share:.0%}")
-    return [done[share, refined] for share in shares for refined in (False, True)[: 1 + bool(how)]]
-
-
-def _missing(done: dict[tuple[float, bool], SweepRow], share: float, refine: Any) -> bool:
-    return (share, False) not in done or (bool(refine) and (share, True) not in done)
+    if elastic and any((share, "elastic") not in done for share in shares):
+        whole = make_elastic(teacher, shares, config, calibration, output_fn, refine=how)
+        for number, level in enumerate(levels_of(whole)):
+            model = cut(whole, number)
+            row = _measured(level.share, "elastic", model, teacher, judging, first, output_fn, seconds)
+            done[level.share, "elastic"] = row
+        _write(directory, identity, done)
+    return [done[share, kind] for share in shares for kind in kinds + ["elastic"] * elastic]
 
 
 def _measured(
     share: float,
-    refined: bool,
+    kind: str,
     model: nn.Module,
     teacher: nn.Module,
     judging: Iterable[Any],
@@ -139,12 +147,12 @@ def _measured(
             net.train(training)
     macs, dense = summary(model, first).macs or (0, 0)
     return SweepRow(
-        share, refined, report.params, report.teacher_params, macs, dense, found["model"].p50, found["teacher"].p50,
+        share, kind, report.params, report.teacher_params, macs, dense, found["model"].p50, found["teacher"].p50,
         output.relative_error, output.cosine, output.agreement, report.accuracy, report.teacher_accuracy,
     )  # fmt: skip
 
 
-def _read(directory: str | os.PathLike[str] | None, identity: str) -> dict[tuple[float, bool], SweepRow]:
+def _read(directory: str | os.PathLike[str] | None, identity: str) -> dict[tuple[float, str], SweepRow]:
     if directory is None:
         return {}
     names = {field.name for field in fields(SweepRow)}
@@ -153,10 +161,10 @@ def _read(directory: str | os.PathLike[str] | None, identity: str) -> dict[tuple
         rows = [SweepRow(**row) for row in data["rows"] if set(row) == names] if data["identity"] == identity else []
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # none yet, or not of this sweep: it is made anew
-    return {(row.share, row.refined): row for row in rows}
+    return {(row.share, row.kind): row for row in rows}
 
 
-def _write(directory: str | os.PathLike[str] | None, identity: str, done: dict[tuple[float, bool], SweepRow]) -> None:
+def _write(directory: str | os.PathLike[str] | None, identity: str, done: dict[tuple[float, str], SweepRow]) -> None:
     if directory is None:
         return
     data = {"identity": identity, "rows": [asdict(row) for row in done.values()]}
@@ -186,11 +194,12 @@ def draw(rows: Sequence[SweepRow], path: str | os.PathLike[str], title: str = ""
         figure, panels = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
         for axes, (name, cost) in zip(panels, costs.items(), strict=True):
             # Okabe-Ito colours, told apart by line style in grey.
-            for refined, label, colour, style in (
-                (False, "decomposed", "#D55E00", "--"),
-                (True, "refined", "#0072B2", "-"),
+            for kind, label, colour, style in (
+                ("decomposed", "decomposed", "#D55E00", "--"),
+                ("refined", "refined", "#0072B2", "-"),
+                ("elastic", "one elastic network", "#009E73", "-."),
             ):
-                chosen = sorted((row for row in rows if row.refined is refined), key=cost)
+                chosen = sorted((row for row in rows if row.kind == kind), key=cost)
                 if chosen:
                     points = [cost(row) for row in chosen], [row.relative_error for row in chosen]
                     axes.plot(*points, style, color=colour, marker="o", markersize=4, label=label)

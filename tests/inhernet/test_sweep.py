@@ -31,7 +31,9 @@ def data(seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_rows_say_what_a_network_costs_and_keeps(teacher):
     rows = sweep(teacher, data(), data(2), (0.7, 0.3), refine=QUICK, seconds=0.01)
-    assert [(row.share, row.refined) for row in rows] == [(0.7, False), (0.7, True), (0.3, False), (0.3, True)]
+    assert [(row.share, row.kind) for row in rows] == [
+        (share, kind) for share in (0.7, 0.3) for kind in ("decomposed", "refined")
+    ]
     for row in rows:
         # Biases count as parameters: the first layer's share of them is the odd per cent.
         assert row.params <= row.share * row.teacher_params
@@ -40,7 +42,7 @@ def test_rows_say_what_a_network_costs_and_keeps(teacher):
         assert 0 <= row.agreement <= 1 and row.teacher_accuracy is not None
     assert rows[0].relative_error < rows[2].relative_error
     assert rows[3].relative_error < rows[2].relative_error
-    assert [row.refined for row in sweep(teacher, data(), data(2), (0.5,), refine=False, seconds=0.01)] == [False]
+    assert [r.kind for r in sweep(teacher, data(), data(2), (0.5,), refine=False, seconds=0.01)] == ["decomposed"]
 
 
 def test_it_goes_on_where_it_stopped(teacher, tmp_path, monkeypatch):
@@ -57,6 +59,17 @@ def test_it_goes_on_where_it_stopped(teacher, tmp_path, monkeypatch):
     made.clear()
     sweep(teacher, data(), data(2), (0.5,), **arguments)  # another teacher: nothing is taken over
     assert made == [0.5]
+
+
+def test_levels_of_one_network_are_measured_beside(teacher, tmp_path, monkeypatch):
+    arguments = {"refine": QUICK, "seconds": 0.01, "directory": tmp_path, "elastic": True}
+    rows = sweep(teacher, data(), data(2), (0.7, 0.3), **arguments)
+    kinds = ("decomposed", "refined", "elastic")
+    assert [(row.share, row.kind) for row in rows] == [(share, kind) for share in (0.7, 0.3) for kind in kinds]
+    assert rows[5].params <= rows[3].params < rows[2].params
+    assert rows[2].relative_error < rows[5].relative_error < rows[3].relative_error
+    monkeypatch.setattr(house, "make_elastic", lambda *a, **k: pytest.fail("made again"))
+    assert sweep(teacher, data(), data(2), (0.7, 0.3), **arguments) == rows
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": 1}', "damaged"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,15 +165,33 @@ def global_ranks(
     Raises ValueError when even the smallest ranks cost more than `allowed`.
     """
     ranks: dict[str, int | None] = {layer.name: _least(layer, guard, grid, price) for layer in layers}
-    left = allowed - _need(layers, ranks, allowed, price, unit)
+    _need(layers, ranks, allowed, price, unit)
+    give_out_from(layers, ranks, spectra, allowed, guard, grid, rank_step, price, dense=True)
+    return ranks
+
+
+def give_out_from(
+    layers: Sequence[Layer],
+    ranks: dict[str, int | None],
+    spectra: Mapping[str, Tensor],
+    allowed: float,
+    guard: bool,
+    grid: Grid = Grid(),
+    rank_step: int = 8,
+    price: Price = params,
+    dense: bool = False,
+) -> None:
+    """Raise `ranks`, in place, as `global_ranks` does, to a total of at most `allowed`; `dense`: up to leaving a layer so."""
+    left = allowed - sum(price(layer, ranks[layer.name]) for layer in layers)
     # Coarse steps look past small dips of a spectrum; single ranks then spend what no coarse step could pay.
     for step in (rank_step, 1):
         points = {
             layer.name: _points(layer, ranks[layer.name], spectra[layer.name], guard, grid, step, price)
             for layer in layers
         }
+        if not dense:
+            points = {name: [point for point in found if point[2] is not None] for name, found in points.items()}
         left = _give_out(points, ranks, left)
-    return ranks
 
 
 def _give_out(points: dict[str, list[_Point]], ranks: dict[str, int | None], left: float) -> float:

@@ -1,4 +1,4 @@
-"""The command line: `inhernet plan|convert|sweep|train|eval|bench|optimize|export|doctor|demo`, a file for each command.
+"""The command line: `inhernet plan|convert|restore|sweep|train|eval|bench|optimize|export|doctor|demo`, a file for each command.
 
 Exit status: 0 done, 1 a check failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from inhernet.console import say
 
-from . import bench, convert, demo, doctor, evaluate, export, optimize, plan, sweep, train
+from . import bench, convert, demo, doctor, evaluate, export, optimize, plan, restore, sweep, train
 
-COMMANDS = (plan, convert, sweep, train, evaluate, bench, optimize, export, doctor, demo)
+COMMANDS = (plan, convert, restore, sweep, train, evaluate, bench, optimize, export, doctor, demo)
 EPILOG = """\
 TEACHER  hf:DIR (a transformers directory), or package.module:function called without arguments; with
          --weights FILE.safetensors for its weights
@@ -30,6 +30,8 @@ examples
   inhernet plan inhernet.models:resnet20 --rank 8
   inhernet convert hf:DIR --data text:notes.txt --budget 0.5 --out SMALL
   inhernet convert TEACHER --weights W.safetensors --data DATA --budget 0.5 --out DIR
+  inhernet convert TEACHER --weights W.safetensors --data DATA --levels 0.75 0.5 0.3 --out ELASTIC
+  inhernet restore DIR --teacher TEACHER --weights W.safetensors --data DATA --budget 0.7 --out LARGER
   inhernet sweep TEACHER --weights W.safetensors --data DATA --out SWEEP
   inhernet train DIR --teacher TEACHER --weights W.safetensors --data digits --epochs 5 --out TRAINED
   inhernet eval TRAINED --teacher TEACHER --weights W.safetensors --data digits

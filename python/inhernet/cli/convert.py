@@ -20,6 +20,8 @@ def add(command: Command) -> None:
     parser = command("convert", run, "write an inherited network")
     add_teacher(parser)
     add_config(parser)
+    parser.add_argument("--levels", type=float, nargs="+", metavar="SHARE", help="one elastic network for several budgets, "
+                        "in place of --budget: shares of the selected layers' parameters, such as 0.75 0.5 0.3")  # fmt: skip
     parser.add_argument("--plan", metavar="DIR", help="follow a plan that `inhernet plan --out` wrote")
     parser.add_argument("--keep-batchnorm", action="store_true", help="leave BatchNorm statistics as the teacher's: for "
                          "data that is not like its training's")  # fmt: skip
@@ -46,7 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     teacher_directory = arguments.teacher.removeprefix("hf:") if arguments.teacher.startswith("hf:") else None
     need_free(arguments.out, arguments, teacher_directory, arguments.weights, arguments.plan)
-    if arguments.plan:
+    plan: Any = None
+    if arguments.levels:
+        _check_levels(arguments)
+        teacher = specs.teacher(arguments.teacher, arguments.weights)
+        calibration = specs.data(arguments.data, arguments.teacher).calibration if arguments.data else None
+    elif arguments.plan:
         blank = argparse.ArgumentParser(add_help=False)
         add_config(blank)
         for name, default in vars(blank.parse_args([])).items():
@@ -68,19 +75,37 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out).resolve()
     state = out.parent / f"{out.name}.refining"
     refine = False if arguments.no_refine else RefineConfig(
-        steps=arguments.refine_steps, seconds=arguments.refine_seconds, seed=plan.config.seed, state=str(state)
+        steps=arguments.refine_steps, seconds=arguments.refine_seconds, state=str(state),
+        seed=arguments.seed if plan is None else plan.config.seed,
     )  # fmt: skip
-    model = inhernet.inherit(
-        teacher, plan, calibration=calibration, batchnorm=not arguments.keep_batchnorm, refine=refine
-    )
+    if arguments.levels:
+        model = inhernet.elastic(teacher, arguments.levels, config_of(arguments), calibration, refine=refine)
+        plan = model.inhernet_plan
+    else:
+        model = inhernet.inherit(
+            teacher, plan, calibration=calibration, batchnorm=not arguments.keep_batchnorm, refine=refine
+        )
     show_plan(plan)
     show_refinement(model.inhernet_refinement)
+    if arguments.levels:
+        say(str(model.inhernet_levels))
     factory = None
     if not hasattr(teacher, "inhernet_factory") and not arguments.teacher.startswith("hf:"):
         factory = specs.function_of(arguments.teacher, "TEACHER")
     inhernet.save(model, arguments.out, factory=factory)
     shutil.rmtree(state, ignore_errors=True)
     say(f"converted in {time.perf_counter() - started:.1f} s; written to {arguments.out}")
+
+
+def _check_levels(arguments: argparse.Namespace) -> None:
+    from . import specs
+
+    for name in ("plan", "budget", "rank", "ratio", "energy", "macs", "latency", "milliseconds", "error"):
+        if getattr(arguments, name) is not None:
+            raise specs.UsageError(f"--{name} is given beside --levels, which decide the size: leave one of them out")
+    if arguments.of != "selected" or arguments.keep_batchnorm:
+        option = "--keep-batchnorm" if arguments.keep_batchnorm else "--of model"
+        raise specs.UsageError(f"{option} is given beside --levels, which have no such choice: leave it out")
 
 
 def convert_from_disk(arguments: argparse.Namespace) -> None:
@@ -94,7 +119,7 @@ def convert_from_disk(arguments: argparse.Namespace) -> None:
         raise specs.UsageError(
             f"TEACHER is {arguments.teacher!r}, expected hf:DIR with --stream: files, not a function"
         )
-    for name in ("data", "plan", "weights"):
+    for name in ("data", "plan", "weights", "levels"):
         if getattr(arguments, name) is not None:
             raise specs.UsageError(f"--{name} is given beside --stream, which reads nothing but hf:DIR: leave it out")
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1

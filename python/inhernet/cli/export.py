@@ -11,7 +11,7 @@ from inhernet.console import say
 from .options import Command, add_model, load_model
 from .usage import DATA_HELP, TEACHER_HELP, UsageError
 
-FORMATS = ("onnx", "program", "aoti", "dense")
+FORMATS = ("onnx", "program", "aoti", "dense", "lowrankarena")
 
 
 def add(command: Command) -> None:
@@ -19,12 +19,12 @@ def add(command: Command) -> None:
     add_model(parser)
     parser.add_argument("--format", choices=FORMATS, required=True, help="onnx: ONNX Runtime, OpenVINO; program: "
                         "torch.export.load; aoti: compiled for C++ on this kind of processor; dense: the weights of the "
-                        "dense network that equals it, safetensors")  # fmt: skip
+                        "dense network that equals it, safetensors; lowrankarena: a directory for that benchmark")  # fmt: skip
     parser.add_argument("--data", metavar="DATA", help=f"take an input from here: {DATA_HELP}")
     parser.add_argument("--teacher", metavar="TEACHER", help=f"whose tokenizer reads text: or images: ({TEACHER_HELP})")
     parser.add_argument("--input", metavar="SHAPE", help="shape of one example, such as 3x32x32")
     parser.add_argument("--batch", type=int, default=2, metavar="B", help="examples to compare with (default: 2)")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where to write")
+    parser.add_argument("--out", metavar="FILE", required=True, help="where to write (lowrankarena: DIR)")
     parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
 
 
@@ -52,9 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     loader = specs.data(arguments.data, arguments.teacher).judge if arguments.data else None
     inputs = specs.example_inputs(model, arguments.input, loader)(arguments.batch)
-    write = {"onnx": formats.export_onnx, "program": formats.export_program, "aoti": formats.export_aoti}
+    write = {"onnx": formats.export_onnx, "program": formats.export_program, "aoti": formats.export_aoti,
+             "lowrankarena": formats.export_lowrankarena}  # fmt: skip
     difference = write[arguments.format](model, out, inputs)
+    size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
     say(
-        f"written to {out} in {time.perf_counter() - started:.0f} s, {out.stat().st_size / 1e6:.1f} MB; loaded and run at two "
-        f"numbers of examples, largest relative difference {difference:.1e}"
+        f"written to {out} in {time.perf_counter() - started:.0f} s, {size / 1e6:.1f} MB; loaded and run at two numbers of "
+        f"examples, largest relative difference {difference:.1e}"
     )

@@ -33,6 +33,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="inherited network")
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
                         help="let DIR build its architecture by this package's code")  # fmt: skip
+    parser.add_argument(
+        "--level", type=int, metavar="N", help="of an elastic network: this level alone (0: the largest)"
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +137,7 @@ def load_model(arguments: argparse.Namespace, optimized: bool = True) -> nn.Modu
     if trusted(arguments):
         specs.find_in_current_directory()
     try:
-        return inhernet.load(arguments.dir, trust=trusted(arguments), optimized=optimized)
+        model = inhernet.load(arguments.dir, trust=trusted(arguments), optimized=optimized)
+        return model if arguments.level is None else inhernet.cut(model, arguments.level)
     except architecture.Untrusted as error:
         raise UsageError(f"{arguments.dir}: {error.message}; if you trust it, add --trust {error.package}") from error

@@ -26,6 +26,7 @@ def add(command: Command) -> None:
     parser.add_argument("--exclude", action="append", default=[], metavar="NAME", help='layer, or "re:PATTERN"')
     parser.add_argument("--no-refine", action="store_true", help="decomposed networks only")
     parser.add_argument("--refine-steps", type=int, default=300, metavar="N", help="per block (default: 300)")
+    parser.add_argument("--elastic", action="store_true", help="also one network with all shares as its levels")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each latency")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     refine = not arguments.no_refine and RefineConfig(steps=arguments.refine_steps, seed=arguments.seed)
     rows = sweep(
         teacher, data.calibration, data.judge, arguments.shares, config, refine, directory=arguments.out,
-        seconds=arguments.seconds,
+        seconds=arguments.seconds, elastic=arguments.elastic,
     )  # fmt: skip
     show(rows)
     picture = Path(arguments.out) / "sweep.png"
@@ -60,7 +61,7 @@ def show(rows: Sequence[SweepRow]) -> None:
     for row in rows:
         figures = [row.agreement, row.accuracy]
         cells.append((
-            f"{row.share:.0%}", "refined" if row.refined else "decomposed", f"{row.params:,}",
+            f"{row.share:.0%}", row.kind, f"{row.params:,}",
             f"{row.params / row.teacher_params:.1%}", f"{row.macs / row.teacher_macs:.1%}" if row.teacher_macs else "",
             f"{row.milliseconds:.2f}", f"{row.teacher_milliseconds / row.milliseconds:.2f}×",
             f"{row.relative_error:.4f}", f"{row.cosine:.4f}", *("" if f is None else f"{f:.4f}" for f in figures),

@@ -76,14 +76,10 @@ def inherit(
     calibration = None if calibration is None else reusable(calibration)
     if isinstance(plan_or_config, Plan):
         result = plan_or_config
-        check_teacher(teacher)
-        _check_hash(result, teacher, check_hash)
-        opened = open_layers(teacher)
-        _check_shapes(result, opened)
-        _complete(result, opened, calibration, output_fn)
+        prepare(result, teacher, calibration, output_fn, check_hash)
     else:
         result = plan(teacher, plan_or_config, calibration, output_fn)
-        opened = open_layers(teacher)
+    opened = open_layers(teacher)
     if not result.factorised:
         why = Counter(layer.reason for layer in result.selected or result).most_common(1)[0]
         warnings.warn(
@@ -110,6 +106,21 @@ def inherit(
                 raise  # asked for; by default a single sample, which planning has warned of, is simply not refined on
     setattr(model, "inhernet_refinement", refinement)  # noqa: B010
     return kept_by_pretrained(model)
+
+
+def prepare(
+    result: Plan,
+    teacher: nn.Module,
+    calibration: Iterable[Any] | None,
+    output_fn: Callable[[Any], Any] | None,
+    check_hash: bool = True,
+) -> None:
+    """Look that a plan is for this teacher, and collect the statistics that it lacks."""
+    check_teacher(teacher)
+    _check_hash(result, teacher, check_hash)
+    opened = open_layers(teacher)
+    _check_shapes(result, opened)
+    _complete(result, opened, calibration, output_fn)
 
 
 def _warn_of_missing_data(model: nn.Module, refine: bool, batchnorm: bool) -> None:

@@ -12,7 +12,7 @@ from ..budgets import EnergyBudget, UniformRank, UniformRatio
 from ..budgets.allocate import grid_of
 from ..budgets.base import Decision
 from ..budgets.uniform import at_ratio
-from ..config import InheritConfig
+from ..config import InheritConfig, match_rule
 from ..layers import open_layers
 from .batches import device_of, reusable
 from .calibration import Key, collect_moments
@@ -190,6 +190,15 @@ def missing_moments(layer: LayerPlan, statistics: dict[Key, Moments] | None) -> 
     if layer.init not in NEEDS or (layer.name, layer.init) in (statistics or {}):
         return None
     return f"init={layer.init!r} needs calibration statistics and there are none; pass calibration="
+
+
+def fixed_by_rule(layer: LayerPlan, config: InheritConfig) -> bool:
+    """Whether a rule of the configuration has decided the layer's rank."""
+    key = match_rule(config.rules, layer.name)
+    rule = None if key is None else config.rules[key]
+    if isinstance(rule, Mapping):
+        rule = rule.get("rank", rule.get("ratio"))
+    return rule is not None
 
 
 def _explicit(layer: LayerPlan, rule: Any, config: InheritConfig) -> bool:

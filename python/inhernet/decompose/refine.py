@@ -25,6 +25,7 @@ from ..layers import open_layers
 from ..nn import LowRankModule
 from .batches import device_of, undisturbed
 from .blocks import Call, blocks_of, call_of, order_of, without_cache
+from .levels import contexts, visiting
 from .pieces import Piece, pieces_of, rows_of
 from .sensitivity import Judge, sensitivities
 from .text import text_table
@@ -170,14 +171,16 @@ def _low_rank(model: nn.Module, name: str) -> int:
 
 
 class _Streams:
-    """What the current block is called with, for every piece, in both networks; and the teacher's outputs."""
+    """What the current block is called with, for every piece, in both networks (at each level of an elastic one); and the
+    teacher's outputs."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module, pieces: list[Piece]) -> None:
         self.model, self.teacher, self.pieces = model, teacher, pieces
+        self.levels = contexts(model)
         plan: Any = getattr(model, "inhernet_plan", None)
         self.left_dense = set() if plan is None else {layer.name for layer in plan.selected if layer.rank is None}
         self.name: str | None = None
-        self.calls: list[Call] = []
+        self.calls: dict[int | None, list[Call]] = {}
         self.teacher_calls: list[Call] = []
         self.targets: list[Tensor] = []
 
@@ -186,12 +189,16 @@ class _Streams:
         """Move on to the next block: from the last one's outputs where its call follows from them, else by running both
         networks up to it."""
         if self.name is None or follows is None:
-            self.calls, self.teacher_calls = [], []
-            self.calls = [call_of(self.model, name, piece.inputs) for piece in self.pieces]
+            self.calls, self.teacher_calls = {}, []
+            for level in self.levels:
+                with visiting(self.model, level):
+                    self.calls[level] = [call_of(self.model, name, piece.inputs) for piece in self.pieces]
             self.teacher_calls = [call_of(self.teacher, name, piece.inputs) for piece in self.pieces]
         else:
             before = self.model.get_submodule(self.name)
-            self.calls = [call.with_input(call.on(before), follows) for call in self.calls]
+            for level in self.levels:
+                with visiting(self.model, level):
+                    self.calls[level] = [call.with_input(call.on(before), follows) for call in self.calls[level]]
             pairs = zip(self.teacher_calls, self.targets, strict=True)
             self.teacher_calls = [call.with_input(target, follows) for call, target in pairs]
         self.name = name
@@ -205,6 +212,7 @@ class _Block:
     def __init__(self, name: str, streams: _Streams, metric: Tensor | None, judge: Judge) -> None:
         self.name, self.metric, self.judge = name, metric, judge
         self.block = streams.model.get_submodule(name)
+        self.model, self.levels = streams.model, streams.levels
         self.calls, self.targets, self.pieces = streams.calls, streams.targets, streams.pieces
         self.layers = _low_rank(streams.model, name)
         below = self.block.named_modules(prefix=name)
@@ -245,30 +253,41 @@ class _Block:
             while where < 1.0:
                 order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * where)) / 2
-                y, target = self._pair(order.pop())
-                if y.shape != target.shape:
-                    return taken, f"it computes {len(y)} rows where the teacher's block computes {len(target)}"
-                loss = _relative(y, target)
-                if not loss.requires_grad:
-                    return taken, "its output does not depend on its low-rank layers"
-                error = float(loss.detach()) ** 0.5
+                index, error = order.pop(), 0.0
+                optimizer.zero_grad()
+                chosen = _sandwich(self.levels, generator)
+                for level in chosen:
+                    with visiting(self.model, level):
+                        y, target = self._pair(level, index)
+                        if y.shape != target.shape:
+                            return taken, f"it computes {len(y)} rows where the teacher's block computes {len(target)}"
+                        loss = _relative(y, target) / len(chosen)
+                        if not loss.requires_grad:
+                            return taken, "its output does not depend on its low-rank layers"
+                        loss.backward()
+                    error += float(loss.detach())
                 if not math.isfinite(error):
                     return taken, "its loss became NaN or infinite"
-                optimizer.zero_grad()
-                loss.backward()
                 optimizer.step()
                 taken += 1
-                bar.advance(1, f"{self.name}  error {error:.4f}")
+                bar.advance(1, f"{self.name}  error {error**0.5:.4f}")
                 spent = 0.0 if seconds is None else (time.monotonic() - started) / max(seconds, 1e-9)
                 where = max(taken / steps, spent)
         bar.advance(steps - taken)
         return taken, None
 
-    def _pair(self, index: int) -> tuple[Tensor, Tensor]:
+    def _pair(self, level: int | None, index: int) -> tuple[Tensor, Tensor]:
         """The block's output and the teacher's on one piece: rows of real positions, in float32 or better."""
-        y = rows_of(self.calls[index].in_float32().on(self.block), self.pieces[index].masks)
+        y = rows_of(self.calls[level][index].in_float32().on(self.block), self.pieces[index].masks)
         target = rows_of(self.targets[index], self.pieces[index].masks).to(y.dtype)
         return (y, target) if self.metric is None else (y @ self.metric.to(y), target @ self.metric.to(y))
+
+
+def _sandwich(levels: list[int | None], generator: torch.Generator) -> list[int | None]:
+    """The largest, the smallest, and one between."""
+    if len(levels) < 3:
+        return levels
+    return [levels[0], levels[int(torch.randint(1, len(levels) - 1, (1,), generator=generator))], levels[-1]]
 
 
 def _relative(y: Tensor, target: Tensor) -> Tensor:

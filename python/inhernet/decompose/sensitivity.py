@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ from ..console import progress
 from .batches import call, floating_outputs
 from .blocks import main_output
 from .calibration import NotFinite, origin, project
+from .levels import contexts, visiting
 from .pieces import Piece, rows_of
 
 # Pieces that the gradients are taken on (512 samples), and the widest output that gets a metric of its own.
@@ -101,7 +103,15 @@ class Judge:
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
-        """By role: the root mean square over the output's tensors of `‖model − teacher‖ / ‖teacher‖`."""
+        """By role: the root mean square over the output's tensors of `‖model − teacher‖ / ‖teacher‖`; of an elastic network
+        the geometric mean over its levels."""
+        found = []
+        for level in contexts(self.model):
+            with visiting(self.model, level):
+                found.append(self._errors())
+        return {role: math.prod(part[role] for part in found) ** (1 / len(found)) for role in found[0]}
+
+    def _errors(self) -> dict[str, float]:
         sums: dict[str, dict[str, list[float]]] = {}
         for piece, truth in zip(self.pieces, self.truths, strict=True):
             found = self._outputs(self.model, piece)

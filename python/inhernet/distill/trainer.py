@@ -152,7 +152,7 @@ def fit(
         TypeError: the loader is a single batch.
         ValueError: no batches, or a loader that can be read only once for several epochs; no trainable parameters; a
             checkpoint of another run; a `keep_best` that `validate` does not return; what the loss raises, with the
-            batch's number.
+            batch's number; an elastic model, whose levels share what would be trained for one of them.
         FloatingPointError: the loss or a gradient is not finite.
 
     Example:
@@ -163,6 +163,11 @@ def fit(
         >>> [record["epoch"] for record in result.history]
         [0, 1, 2]
     """
+    if "inhernet_levels" in model.__dict__:
+        raise ValueError(
+            "model is elastic, and training at one level would spoil the others: train inhernet.cut(model, level), or all "
+            "levels without labels by inhernet.refine_blocks"
+        )
     run = _Run(model, loader, config or TrainConfig(), loss, teacher, validate, forward or default_forward)
     devices = [run.device] if run.device.type == "cuda" else []
     directory = None if checkpoint_dir is None else os.fspath(checkpoint_dir)

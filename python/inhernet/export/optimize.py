@@ -17,6 +17,7 @@ from inherit_kernels.testing import cold_copies, time_on_gpu
 
 from ..console import Steps, progress, say
 from ..decompose.batches import copied, device_of, floating_outputs
+from ..decompose.levels import ordinary
 from ..measure import interleaved
 from ..nn import LowRankModule
 from . import graph as graphs
@@ -51,7 +52,7 @@ def optimize(
     layers are then timed in graphs too, each call with its weights out of the L2 cache.
 
     Args:
-        model: inherited or dense, in any mode; it is not changed.
+        model: inherited or dense, in any mode; it is not changed. Of an elastic one its present level is taken.
         example_inputs: what it will be called with: a tensor, a tuple of positional arguments, or a dict of keyword
             arguments. Choices are for these shapes; other shapes stay correct.
         choices: an earlier result's `optimization` or its JSON file: nothing is measured. Or forms by layer name,
@@ -80,6 +81,7 @@ def optimize(
     """
     if isinstance(model, Frozen):
         raise ValueError("model is optimised already; give the model that it was made from")
+    model = ordinary(model)
     saved, forced = _read_choices(choices)
     example = Example(example_inputs)
     with torch.inference_mode(False), torch.no_grad():

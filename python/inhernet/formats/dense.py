@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..decompose.batches import copied
+from ..decompose.levels import ordinary
 from ..layers import replaced
 from ..nn import LowRankModule
 
@@ -23,7 +24,7 @@ def to_dense(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=8, out_features=6, bias=True)
         )
     """
-    result = copied(model)
+    result = copied(ordinary(model))
     for name, module in list(result.named_modules()):
         if not isinstance(module, LowRankModule):
             continue

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..decompose.levels import ordinary
 from ..layers import replaced, sharing
 from ..nn import LowRankModule
 from ..nn.dense_view import DenseWeightView
@@ -71,7 +72,7 @@ def plain(model: nn.Module) -> nn.Module:
         >>> torch.allclose(plain(layer)(x), layer(x), atol=1e-5)
         True
     """
-    result: Any = sharing(model)
+    result: Any = sharing(ordinary(model))
     for name, module in list(result.named_modules()):
         if isinstance(module, LowRankModule):
             made = PlainLinear(module) if module.down.dim() == 2 else PlainConv2d(module)

@@ -42,6 +42,8 @@ class LowRankModule(nn.Module):
     down: nn.Parameter
     up: nn.Parameter
     bias: nn.Parameter | None
+    #: How many of the ranks are in use, the first ones; None: all, 0: none, `full` computes. Set by `use`.
+    leading: int | None = None
     _packed: Any = None
 
     def _register_factors(
@@ -73,8 +75,15 @@ class LowRankModule(nn.Module):
         """Whether the module mixes heads with a gate (also true for a gate over one head)."""
         return self.up.dim() == 3
 
+    @property
+    def full(self) -> Any:
+        """The dense layer of those levels of an elastic network at which no rank pays, or None."""
+        return self._modules.get("full")
+
     def weights(self) -> tuple[Tensor | None, ...]:
         """The op's weight arguments in the op's order, bias last."""
+        if self.leading is not None:
+            return self._first(self.leading)
         try:
             # nn.Module.__getattr__ costs 0.7 to 1.4 µs a parameter: half of a small layer's time.
             own, gate = self._parameters, self._modules.get("gate")
@@ -86,6 +95,29 @@ class LowRankModule(nn.Module):
             if self.gated:
                 return self.down, self.up, self.gate.weight, self.gate.bias, self.bias
             return self.down, self.up, self.bias
+
+    def _first(self, rank: int) -> tuple[Tensor | None, ...]:
+        down, up = self.down[:rank], self.up[..., :rank]
+        return (
+            (down, up, self.gate.weight[:, :rank], self.gate.bias, self.bias) if self.gated else (down, up, self.bias)
+        )
+
+    def use(self, rank: int | None) -> LowRankModule:
+        """Compute with the first `rank` directions only (None: all), as views: nothing is copied, gradients reach the whole.
+        0: with the dense layer `full`.
+
+        Raises:
+            ValueError: the module has fewer ranks, or no dense layer.
+        """
+        if rank is not None and not (self.full is None) <= rank <= self.rank:
+            raise ValueError(f"rank is {rank}, expected 1 to {self.rank}, the ranks that the module has, or None")
+        self.leading = None if rank == self.rank else rank
+        return self.unpack()
+
+    def densely(self, input: Tensor) -> Tensor:
+        """What the dense layer `full` computes."""
+        result: Tensor = self.full(input)
+        return result
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random start with the output variance of the dense layer's default init (`Var W = 1/(3K)`).
@@ -164,18 +196,23 @@ class LowRankModule(nn.Module):
             ValueError: the gate reads the input (several heads and a non-zero `gate.weight`), so that no single
                 dense layer equals this module.
         """
-        up, bias = self.up.double(), None if self.bias is None else self.bias.double()
+        if self.leading == 0:
+            return self.full.weight.flatten(1), self.full.bias
+        down, up, *mixing, bias = self._in_float64()
         if self.gated:
-            if self.heads > 1 and bool((self.gate.weight != 0).any()):
+            if self.heads > 1 and bool((mixing[0] != 0).any()):
                 raise ValueError(
                     f"gate.weight is not zero, so the mixture of the {self.heads} heads depends on the input and no "
                     "dense layer equals this module; to_dense() needs one head, or gate.weight == 0"
                 )
-            share = torch.softmax(self.gate.bias.double(), 0)
+            share = torch.softmax(mixing[1], 0)
             up = torch.einsum("h,hnr->nr", share, up)
             bias = None if bias is None else share @ bias
-        weight = up @ self.down.double().flatten(1)
+        weight = up @ down.flatten(1)
         return weight.to(self.up.dtype), None if bias is None else bias.to(self.up.dtype)
+
+    def _in_float64(self) -> list[Any]:
+        return [None if weight is None else weight.double() for weight in self.weights()]
 
     def pack(self) -> LowRankModule:
         """Prepare the weights for the fastest inference kernels (an explicit step; weights stay as they are).
@@ -188,6 +225,8 @@ class LowRankModule(nn.Module):
         """
         if self.training:
             raise RuntimeError("pack() needs an eval-mode module: weights change in training; call eval() first")
+        if self.leading == 0:
+            return self  # the dense layer has nothing to pack
         self._packed = inherit_kernels.pack(self.op_name, *(w if w is None else w.detach() for w in self.weights()))
         return self
 

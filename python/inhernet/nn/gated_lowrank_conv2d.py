@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,14 +107,17 @@ class GatedLowRankConv2d(LowRankModule):
 
     def gates(self, input: Tensor) -> Tensor:
         """The mixing weights `[B, H]` (`[H]` unbatched) for an input: non-negative, summing to one."""
-        t = nn.functional.conv2d(pad_input(self, input), self.down, **self._window)
-        return self.gate(t.mean((-2, -1)))
+        down, _, weight, bias, _ = cast("tuple[Tensor, ...]", self.weights())
+        t = nn.functional.conv2d(pad_input(self, input), down, **self._window)
+        return torch.softmax(nn.functional.linear(t.mean((-2, -1)), weight, bias), dim=-1)
 
     def to_dense(self) -> nn.Conv2d:
         """The dense convolution that computes the same function (ValueError if the gate reads the input)."""
         return conv2d_of(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.leading == 0:
+            return self.densely(input)
         return inherit_kernels.gated_lowrank_conv2d(pad_input(self, input), *self._operands(), **self._window)
 
     def extra_repr(self) -> str:

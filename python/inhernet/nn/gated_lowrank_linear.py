@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +99,17 @@ class GatedLowRankLinear(LowRankModule):
 
     def gates(self, input: Tensor) -> Tensor:
         """The mixing weights `[..., H]` for an input `[..., K]`: non-negative, summing to one."""
-        return self.gate(nn.functional.linear(input, self.down))
+        down, _, weight, bias, _ = cast("tuple[Tensor, ...]", self.weights())
+        t = nn.functional.linear(input, down)
+        return torch.softmax(nn.functional.linear(t, weight, bias), dim=-1)
 
     def to_dense(self) -> nn.Linear:
         """The dense layer that computes the same function (ValueError if the gate reads the input)."""
         return linear_of(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.leading == 0:
+            return self.densely(input)
         return inherit_kernels.gated_lowrank_linear(input, *self._operands())
 
     def extra_repr(self) -> str:

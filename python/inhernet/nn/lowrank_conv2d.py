@@ -97,6 +97,8 @@ class LowRankConv2d(LowRankModule):
         return conv2d_of(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.leading == 0:
+            return self.densely(input)
         return inherit_kernels.lowrank_conv2d(pad_input(self, input), *self._operands(), **self._window)
 
     def extra_repr(self) -> str:

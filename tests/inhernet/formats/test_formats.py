@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import inhernet
@@ -103,6 +105,54 @@ def test_a_program_runs_without_inhernet(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "False"]
+
+
+def language_model(heads: int = 1, exclude: tuple[str, ...] = ("lm_head",), tied: bool = False) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options = {"num_key_value_heads": 2, "vocab_size": 50, "attention_bias": True, "tie_word_embeddings": tied}
+    teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **options)).eval()
+    return inhernet.inherit(teacher, InheritConfig(heads=heads, budget=UniformRatio(0.5), exclude=exclude))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lowrankarena(tied, tmp_path):
+    """The tensors have the names and shapes that its runtime builds modules for, and its modules give the same output."""
+    model, inputs = (
+        language_model(tied=tied, exclude=() if tied else ("lm_head",)),
+        {"input_ids": torch.arange(2, 14).view(2, 6)},
+    )
+    assert formats.export_lowrankarena(model, tmp_path / "arena", inputs) < 1e-5
+    config = json.loads((tmp_path / "arena" / "config.json").read_text())
+    tensors = load_file(tmp_path / "arena" / "model.safetensors")
+    assert config["low_rank_schema"] == "ABLinear"
+    assert config["auto_map"]["AutoConfig"] == "configuration_lowrank_llama.LowRankLlamaConfig"
+    assert set(config["low_rank_modules"]) == {layer.name for layer in model.inhernet_plan.factorised}
+    name, spec = next(iter(config["low_rank_modules"].items()))
+    assert tensors[f"{name}.ALinear.weight"].shape == (32, spec["rank"])
+    assert tensors[f"{name}.BLinear.weight"].shape == (spec["rank"], 32)
+    assert tensors[f"{name}.ALinear.bias"].shape == (32,)
+    assert ("lm_head.weight" in tensors) is not tied
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: inherited(1), "model is Images; LowRankArena runs LlamaForCausalLM"),
+        (lambda: language_model(heads=2), "has a gate"),
+        (lambda: language_model(exclude=()), "'lm_head' is outside of the inner model"),
+    ],
+)
+def test_what_lowrankarena_cannot_run_is_refused(make, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        formats.export_lowrankarena(make(), tmp_path / "arena", {"input_ids": torch.ones(2, 3, dtype=torch.long)})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(ValueError, match="holds something"):
+        formats.export_lowrankarena(
+            language_model(), tmp_path / "full", {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+        )
+    assert not (tmp_path / "arena").exists()
 
 
 @pytest.mark.parametrize("heads", [1, 3])
