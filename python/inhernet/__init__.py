@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nn as nn
     from .budgets import (
+        ByteBudget,
         EnergyBudget,
         FidelityBudget,
         LatencyBudget,
@@ -45,6 +46,7 @@ _HOME = {
     "UniformRatio": "budgets",
     "EnergyBudget": "budgets",
     "ParamBudget": "budgets",
+    "ByteBudget": "budgets",
     "MacBudget": "budgets",
     "LatencyBudget": "budgets",
     "FidelityBudget": "budgets",
@@ -70,6 +72,7 @@ _HOME = {
 
 # Without `models` and `nn`: `from inhernet import *` must not shadow torch's.
 __all__ = [
+    "ByteBudget",
     "EnergyBudget",
     "FidelityBudget",
     "InheritConfig",

@@ -30,7 +30,7 @@ class InheritConfig:
     Args:
         heads: up projections per layer. At equal budget three heads halve the rank, so one head keeps most without
             training; recipes that train set 3.
-        budget: what it may cost: a `ParamBudget`, `MacBudget`, `LatencyBudget`, `FidelityBudget`, `UniformRank`,
+        budget: what it may cost: a `ParamBudget`, `ByteBudget`, `MacBudget`, `LatencyBudget`, `FidelityBudget`, `UniformRank`,
             `UniformRatio` or `EnergyBudget`.
         init: "svd", "activation", "fisher", "random", "published", or None (fisher with calibration data, svd without).
         gate: "auto" (a gate exactly when heads > 1), True or False.
@@ -48,9 +48,9 @@ class InheritConfig:
         noise: standard deviation of the zero-sum head perturbation, as a share of std(up).
         shrinkage_input, shrinkage_output: multiples of the mean diagonal added to the two second moments.
         allocation: how a `ParamBudget` gives out ranks. "fisher": globally, in the currency of the two-sided weighting
-            (needs calibration). "uniform": the same ratio everywhere. "auto": fisher when that is the init, else
-            uniform, because the energy of plain or activation-weighted factors is no common currency (measured: worse
-                than uniform).
+            (needs calibration). "uniform": the same ratio everywhere. "auto": fisher when that is the init, corrected by the
+            measured effect of each layer on the output (128 samples for each layer; not with BatchNorm), else uniform,
+            because the energy of plain or activation-weighted factors is no common currency (measured: worse than uniform).
         rank_step: largest step of the global allocation (smaller in layers with fewer than 16 times as many ranks).
         seed: of the projections, the perturbation and init="random".
         projections: random projections per calibration batch for init="fisher".

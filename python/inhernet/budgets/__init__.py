@@ -1,6 +1,7 @@
 """What an inherited network may cost, and the ranks that follow; a file for each kind of budget."""
 
 from .base import Budget, budget_from_dict, budget_to_dict
+from .bytes import ByteBudget
 from .energy import EnergyBudget
 from .fidelity import FidelityBudget
 from .latency import LatencyBudget
@@ -10,6 +11,7 @@ from .uniform import UniformRank, UniformRatio
 
 __all__ = [
     "Budget",
+    "ByteBudget",
     "EnergyBudget",
     "FidelityBudget",
     "LatencyBudget",

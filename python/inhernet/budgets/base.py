@@ -30,6 +30,12 @@ class Scene(Protocol):
     def spectrum(self, layer: Layer, shared: bool = False) -> Tensor:
         """Singular values of the layer in its initialisation's weighting; `shared`: in the currency across layers."""
 
+    def bytes_each(self, layer: Layer) -> int:
+        """Bytes of one of the layer's numbers."""
+
+    def model_bytes(self) -> int:
+        """What all parameters of the dense model take."""
+
     def positions(self, layer: Layer) -> tuple[int, int]:
         """Rows (or pixels) that the layer computes for one example, and how many of them share a gate."""
 

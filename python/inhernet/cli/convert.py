@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_levels(arguments: argparse.Namespace) -> None:
     from . import specs
 
-    for name in ("plan", "budget", "rank", "ratio", "energy", "macs", "latency", "milliseconds", "error"):
+    for name in ("plan", "budget", "rank", "ratio", "energy", "macs", "bytes", "latency", "milliseconds", "error"):
         if getattr(arguments, name) is not None:
             raise specs.UsageError(f"--{name} is given beside --levels, which decide the size: leave one of them out")
     if arguments.of != "selected" or arguments.keep_batchnorm:

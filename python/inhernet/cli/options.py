@@ -46,6 +46,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--ratio", type=float, help="share of each layer's parameters")
     size.add_argument("--energy", type=float, help="share of the squared singular values to keep in each layer")
     size.add_argument("--macs", type=float, help="share of the multiply-accumulates, or a count above 1; needs --data")
+    size.add_argument(
+        "--bytes", type=int, metavar="N", help="all parameters in the teacher's dtype take at most so much memory"
+    )
     size.add_argument("--latency", type=float, metavar="SHARE", help="of the teacher's time here; needs --data")
     size.add_argument("--milliseconds", type=float, metavar="MS", help="time of one call here; needs --data")
     size.add_argument("--error", type=float, help="the smallest network whose output is at most so far from the teacher's, "
@@ -65,6 +68,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def config_of(arguments: argparse.Namespace) -> InheritConfig:
     """The configuration that the options describe (ValueError naming a bad one)."""
     from inhernet.budgets import (
+        ByteBudget,
         EnergyBudget,
         FidelityBudget,
         LatencyBudget,
@@ -83,6 +87,8 @@ def config_of(arguments: argparse.Namespace) -> InheritConfig:
         budget = EnergyBudget(arguments.energy)
     elif arguments.macs is not None:
         budget = MacBudget(_share_or_count(arguments.macs))
+    elif arguments.bytes is not None:
+        budget = ByteBudget(arguments.bytes)
     elif arguments.latency is not None:
         budget = LatencyBudget(arguments.latency)
     elif arguments.milliseconds is not None:

@@ -111,7 +111,11 @@ def _nested(smallest: Plan, teacher: nn.Module, shares: list[float]) -> list[dic
     spectra = None
     if config.allocation != "uniform" and all((la.name, "fisher") in (smallest.statistics or {}) for la in free):
         opened = open_layers(teacher)
-        spectra = {la.name: factors_of(smallest, opened, la, "fisher").spectrum for la in free}
+        effects = smallest.effects
+        spectra = {
+            la.name: factors_of(smallest, opened, la, "fisher").spectrum * effects.get(la.name, 1.0) ** 0.5
+            for la in free
+        }
     first = {layer.name: layer.rank for layer in free}
     allowed = [math.floor(share * dense + 1e-6) - settled for share in reversed(shares[:-1])]
     grid = grid_of(config.round_to, config.device)

@@ -17,7 +17,6 @@ from ..nn import LowRankModule
 from ..pretrained import kept_by_pretrained
 from .batches import copied
 from .layers import LayerPlan
-from .plans import Plan
 
 VERSION = 1
 
@@ -176,7 +175,7 @@ def cut(model: nn.Module, level: int | None = None) -> nn.Module:
             del norm._buffers[name]
     plan: Any = model.inhernet_plan
     layers = [_planned(layer, ranks.get(layer.name, layer.rank)) for layer in plan]
-    result.inhernet_plan = Plan(layers, plan.config, plan.teacher_hash, plan.model_params, dict(plan.matches))
+    result.inhernet_plan = replace(plan.bare(), layers=layers)
     for name in ("inhernet_levels", "inhernet_level", "inhernet_refinement"):
         result.__dict__.pop(name, None)
     return kept_by_pretrained(result)

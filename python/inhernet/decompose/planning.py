@@ -110,6 +110,7 @@ def planned(
     result.output_fn = output_fn if statistics is None else statistics.output_fn
     if statistics is not None and _shrinkage(config) == _shrinkage(statistics.config):
         result.factors = dict(statistics.factors)
+    result.effects = {} if statistics is None else statistics.effects
     result.times = {} if statistics is None else statistics.times
     for layer, _ in chosen:
         needed = missing_moments(layer, moments)

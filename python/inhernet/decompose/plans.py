@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..checks import is_number
 from ..config import InheritConfig
 from .calibration import Key
 from .factorise import Factors, Moments
@@ -49,7 +50,7 @@ class Plan:
     `plan["encoder.layer.0.output.dense"].rank = 16` edits a layer (None keeps it dense); `print(plan)` shows the table;
     `save`/`load` carry it, with the calibration's second moments, to another process. `teacher_hash` ties it to the
     weights it was made for. `model_params` counts the whole dense model. `matches` says how many layers each pattern
-    hit.
+    hit. `effects`: how much more than its spectrum says the output felt of each layer's loss, where that was measured.
     """
 
     layers: list[LayerPlan]
@@ -58,6 +59,7 @@ class Plan:
     model_params: int
     matches: dict[str, int] = field(default_factory=dict)
     statistics: dict[Key, Moments] | None = None
+    effects: dict[str, float] = field(default_factory=dict)
     # In memory only: factors and times already computed, and the batches that BatchNorm is re-estimated from and blocks are
     # refined on.
     factors: dict[str, tuple[str, Factors]] = field(default_factory=dict, repr=False, compare=False)
@@ -142,7 +144,8 @@ class Plan:
     def bare(self) -> Plan:
         """A copy without statistics, factors and data: what a converted model carries."""
         layers = [LayerPlan.from_dict(layer.to_dict()) for layer in self.layers]
-        return Plan(layers, self.config, self.teacher_hash, self.model_params, dict(self.matches))
+        matches, effects = dict(self.matches), dict(self.effects)
+        return Plan(layers, self.config, self.teacher_hash, self.model_params, matches, effects=effects)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -151,6 +154,7 @@ class Plan:
             "model_params": self.model_params,
             "config": self.config.to_dict(),
             "matches": dict(self.matches),
+            "effects": dict(self.effects),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -165,7 +169,11 @@ class Plan:
                 raise ValueError(f"plan: {key!r} is {_short(data.get(key))}, expected {kind.__name__}")
         layers = [LayerPlan.from_dict(layer) for layer in data["layers"]]
         config = InheritConfig.from_dict(data["config"])
-        return cls(layers, config, data["teacher_hash"], data["model_params"], dict(data["matches"]))
+        effects = data.get("effects", {})  # plans of older versions have none
+        if not isinstance(effects, dict) or not all(is_number(value) and value > 0 for value in effects.values()):
+            raise ValueError(f"plan: 'effects' is {_short(effects)}, expected positive numbers by layer")
+        matches = dict(data["matches"])
+        return cls(layers, config, data["teacher_hash"], data["model_params"], matches, effects=dict(effects))
 
     def to_json(self, indent: int | None = 1) -> str:
         """Everything but statistics and data."""

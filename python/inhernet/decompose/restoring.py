@@ -106,7 +106,7 @@ def _larger(plan: Any, opened: nn.Module, allowed: float) -> dict[str, int]:
         for layer in layers:
             # Asked for at the largest rank that it may get, so that it is decomposed once.
             most = replace(layer, rank=max(layer.rank, layer.limit(config.break_even) - 1))
-            spectra[layer.name] = factors_of(plan, opened, most).spectrum
+            spectra[layer.name] = factors_of(plan, opened, most).spectrum * plan.effects.get(layer.name, 1.0) ** 0.5
     ranks = {layer.name: layer.rank for layer in layers}
     grid = grid_of(config.round_to, config.device)
     found = nested_ranks(layers, ranks, [allowed], spectra, config.break_even, grid, config.rank_step, False)[0]

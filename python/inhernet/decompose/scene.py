@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..budgets.allocate import Grid, Layer, grid_of
+from ..console import progress
 from ..layers import replaced, sharing
 from ..measure import interleaved
 from ..nn import empty_like_dense, from_dense
 from .batches import batch_size, call, device_of, model_inputs, undisturbed
+from .batchnorm import has_batchnorm
 from .layers import LayerPlan
-from .pieces import pieces_of
+from .pieces import Piece, TooFew, pieces_of
 from .plans import Plan
 from .sensitivity import ENOUGH, Judge
 
@@ -23,6 +26,8 @@ from .sensitivity import ENOUGH, Judge
 SHARES, SECONDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0), 0.05
 # Seconds for a network, timed beside its teacher: with 1.5 MiniLM met its budgets to 3 to 5 %.
 NETWORK_SECONDS = 4.0
+# Pieces (of 32 samples) that each layer's effect is measured on.
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,14 @@ class PlanScene:
 
     def spectrum(self, layer: Layer, shared: bool = False) -> Tensor:
         spectrum: Tensor = self._factors_of(self.plan, self.model, layer, "fisher" if shared else None).spectrum
-        return spectrum
+        return spectrum * self._effect(layer) ** 0.5 if shared else spectrum
+
+    def bytes_each(self, layer: Layer) -> int:
+        dense: Any = self.model.get_submodule(layer.name)
+        return int(dense.weight.element_size())
+
+    def model_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     def positions(self, layer: Layer) -> tuple[int, int]:
         sight = self._seen(layer)
@@ -109,12 +121,57 @@ class PlanScene:
             raise ValueError("a FidelityBudget needs calibration data at hand; pass calibration=")
         with undisturbed(self.model):
             if self._judge is None:
-                pieces = pieces_of(self.plan.calibration, device_of(self.model), self.plan.config.seed)
-                whole = [replace(piece, role="held out") for piece in pieces if piece.role != "elsewhere"]
+                whole = self._pieces()
                 chosen = whole[:: -(-len(whole) // ENOUGH)]
                 self._judge = Judge(self.model, self.model, chosen, self.plan.output_fn)
             self._judge.model = self._network(ranks, True).eval()
             return self._judge.errors()["held out"]
+
+    def _effect(self, layer: Layer) -> float:
+        """How much more the output feels of what the layer loses than its spectrum says, measured for all layers at once.
+
+        The currency is the first order of the output's change and takes errors of positions for independent; the value
+        projections of MiniLM cost 2.5 times what it says, their neighbours a fifth more. With it, cosine as decomposed at
+        74, 50 and 31 %: 0.965 → 0.969, 0.896 → 0.899, 0.787 → 0.791, on everyday sentences 0.950 → 0.953, 0.850 → 0.852,
+        0.703 → 0.705. The whole curve of each layer instead of one rank: no better (0.970, 0.900, 0.791). Not with BatchNorm,
+        which is estimated anew only for the whole network: digits at 20 %, refined, error 0.101 → 0.119.
+        """
+        effects = self.plan.effects
+        if has_batchnorm(self.model):
+            return 1.0
+        if self.plan.config.allocation != "auto" or not (effects or self.plan.calibration):
+            return 1.0
+        if any(la.name not in effects for la in self.layers):
+            effects |= self._measured_effects()
+        return effects[layer.name]
+
+    def _measured_effects(self) -> dict[str, float]:
+        """Squared error of the output with one layer at a quarter of its ranks, over what its spectrum loses there."""
+        try:
+            whole = self._pieces()
+        except TooFew:  # planning has warned of it
+            return {layer.name: 1.0 for layer in self.layers}
+        ratios: dict[str, float] = {}
+        with undisturbed(self.model), progress("sensitivity", len(self.layers)) as bar:
+            judge = Judge(self.model, self.model, whole[:: -(-len(whole) // FEW)], self.plan.output_fn)
+            for layer in self.layers:
+                factors = self._factors_of(self.plan, self.model, layer, "fisher")
+                rank = max(1, layer.limit(self.guard) // 4)
+                dense = self.model.get_submodule(layer.name)
+                low = from_dense(dense, rank, factors=factors.take(rank), noise=0.0)
+                judge.model = replaced(sharing(self.model), layer.name, low).eval()
+                lost = float(factors.spectrum[rank:].square().sum())
+                error = judge.errors()["held out"]
+                ratios[layer.name] = error**2 / lost if lost > 0 and math.isfinite(error) else 0.0
+                bar.advance(1, layer.name)
+        usual = [ratio for ratio in ratios.values() if ratio > 0] or [1.0]
+        scale = math.exp(sum(map(math.log, usual)) / len(usual))
+        return {name: ratio / scale if ratio > 0 else 1.0 for name, ratio in ratios.items()}
+
+    def _pieces(self) -> list[Piece]:
+        """The calibration data, all of it to judge by."""
+        pieces = pieces_of(self.plan.calibration or [], device_of(self.model), self.plan.config.seed)
+        return [replace(piece, role="held out") for piece in pieces if piece.role != "elsewhere"]
 
     def _network(self, ranks: Mapping[str, int | None], filled: bool) -> nn.Module:
         """The network with these ranks: factors of the teacher, or any numbers where only time matters."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import inhernet
-from inhernet import FidelityBudget, InheritConfig, LatencyBudget, MacBudget, ParamBudget
+from inhernet import ByteBudget, FidelityBudget, InheritConfig, LatencyBudget, MacBudget, ParamBudget
 from inhernet.budgets import Budget, budget_from_dict, budget_to_dict
 from inhernet.budgets.allocate import Grid, global_ranks, uniform_ranks
 from inhernet.decompose import scene
@@ -57,6 +57,21 @@ def test_multiply_accumulates_are_met_and_spent(net, heads, calibrated, amount):
     allowed = amount * before if amount < 1 else amount * 16
     assert after <= allowed
     assert after > 0.93 * allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("amount", "of"), [(0.6, "model"), (0.4, "selected"), (100_000, "model")])
+def test_bytes_are_met_and_spent(net, dtype, amount, of):
+    net = nn.ModuleDict({"net": net.to(dtype), "other": nn.Embedding(50, 16)})  # which stays in float32
+    net.forward = net["net"].forward
+    model = inhernet.inherit(
+        net, InheritConfig(budget=ByteBudget(amount, of)), [x.to(dtype) for x in images()], refine=False
+    )
+    dense, found = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in (net, model))
+    rest = 50 * 16 * 4 if of == "selected" else 0
+    allowed = amount if amount > 1 else amount * (dense - rest)
+    assert found - rest <= allowed
+    assert found - rest > 0.97 * min(allowed, dense)
 
 
 def test_they_go_where_parameters_would_not(net):
@@ -160,7 +175,16 @@ def test_a_layer_that_is_never_faster_stays_dense():
 
 
 @pytest.mark.parametrize(
-    "budget", [MacBudget(0.5), MacBudget(10**6), LatencyBudget(0.6), LatencyBudget(9.5, "ms"), FidelityBudget(0.1)]
+    "budget",
+    [
+        ByteBudget(0.5),
+        ByteBudget(10**6, "selected"),
+        MacBudget(0.5),
+        MacBudget(10**6),
+        LatencyBudget(0.6),
+        LatencyBudget(9.5, "ms"),
+        FidelityBudget(0.1),
+    ],
 )
 def test_budgets_survive_json(budget):
     assert budget_from_dict(budget_to_dict(budget)) == budget
@@ -173,6 +197,8 @@ def test_budgets_survive_json(budget):
     [
         (lambda: MacBudget(0), "MacBudget.amount is 0"),
         (lambda: MacBudget(1.5), "MacBudget.amount is 1.5"),
+        (lambda: ByteBudget(0), "ByteBudget.amount is 0"),
+        (lambda: ByteBudget(0.5, "all"), "ByteBudget.of is .all."),
         (lambda: LatencyBudget(-1.0), "LatencyBudget.amount is -1"),
         (lambda: LatencyBudget(1.0, "s"), "LatencyBudget.unit is 's'"),
         (lambda: FidelityBudget(2.0), "FidelityBudget.error is 2"),

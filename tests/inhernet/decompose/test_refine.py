@@ -129,8 +129,9 @@ def test_data_unlike_the_calibration_data_is_guarded_too(teacher, monkeypatch):
     """Without the second guard the block is refined; with an error there that rises it is not."""
     errors = iter([{"held out": 0.5, "elsewhere": 0.5}, {"held out": 0.4, "elsewhere": 0.6}])
     better = {"held out": 0.1, "elsewhere": 0.1}
+    model = inherited(teacher, [rows()])
     monkeypatch.setattr(sensitivity.Judge, "errors", lambda self: next(errors, better))
-    report = refine_blocks(inherited(teacher, [rows()]), teacher, [rows()], RefineConfig(steps=2))
+    report = refine_blocks(model, teacher, [rows()], RefineConfig(steps=2))
     assert report.blocks[0].why == "the network's error on other data would rise (0.5000 → 0.6000)"
     assert report.blocks[1].why is None
 
