@@ -30,6 +30,7 @@ def add(command: Command) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
+    from inhernet.decompose.levels import ordinary
     from inhernet.demos.published import published
     from inhernet.measure import interleaved
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if min(arguments.batch) < 1:
         raise specs.UsageError(f"--batch is {arguments.batch}, expected sizes of at least 1")
-    model, fast = load_model(arguments, optimized=False), load_model(arguments)
+    model, fast = ordinary(load_model(arguments, optimized=False)), load_model(arguments)
     dense = (
         specs.teacher(arguments.teacher, arguments.weights)
         if arguments.teacher

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..budgets.macs import low_rank_macs
 from ..nn import LowRankModule
 from .batches import call, device_of, model_inputs, undisturbed
+from .levels import ordinary
 from .text import share, text_table
 
 
@@ -65,13 +66,15 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     heads once per image. Norms, activations and attention products are not counted.
 
     Args:
-        model: any model; reasons for dense layers come from its `inhernet_plan`, if it has one.
+        model: any model; reasons for dense layers come from its `inhernet_plan`, if it has one. Of an elastic one its present
+            level is listed.
         example_inputs: a batch as for `plan`; with it the MACs are counted by running the model once.
 
     Example:
         >>> summary(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)).macs
         (24, 24)
     """
+    model = ordinary(model)
     plan = getattr(model, "inhernet_plan", None)
     reasons = {layer.name: layer.reason for layer in plan} if plan is not None else {}
     modules: list[tuple[str, Any]] = [

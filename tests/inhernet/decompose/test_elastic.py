@@ -213,6 +213,9 @@ def test_what_does_not_know_levels_gets_the_present_one():
             inhernet.optimize(model, x, seconds=0.005, show=False),
         ):
             torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
+        listed = inhernet.summary(model, x)
+        assert listed.params == model.inhernet_levels[1].params
+        assert listed.macs[0] < listed.macs[1]
         torch._dynamo.reset()
         compiled = torch.compile(model)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
@@ -279,6 +282,7 @@ def test_from_a_shell(tmp_path, capsys, monkeypatch):
         )
         counts.append(capsys.readouterr().out)
     assert counts[0] != counts[1]
+    assert main(["bench", "net", "--input", "1x8x8", "--batch", "1", "--seconds", "0.01"]) == 0
     assert main(["eval", "net", "--data", "digits", "--level", "2"]) == 2
     assert "level is 2, expected 0 to 1" in capsys.readouterr().err
     assert main([*convert, "--budget", "0.5", "--out", "other"]) == 2
