@@ -22,7 +22,7 @@ test: $(READY)
 GPU_CODE := tests/test_emulation.py $(wildcard tests/test_cuda_*.py) $(wildcard tests/ops/test_triton_*.py)
 
 # What the front end makes of other people's networks, files and data: beside the kernels, so that the halves are about as long.
-BROUGHT := $(addprefix tests/inhernet/,formats layers test_architectures.py test_cli_convert.py test_pretrained.py test_sources.py test_streaming.py test_sweep.py decompose)
+BROUGHT := $(addprefix tests/inhernet/,formats layers test_architectures.py test_cli_convert.py test_pretrained.py test_sources.py test_streaming.py test_sweep.py $(addprefix decompose/test_,elastic.py restoring.py refine.py budgets.py blocks.py truncated.py effects.py minilm.py))
 
 # The benchmark house is a process of its own: after OpenVINO and ONNX Runtime, torch's training tests crashed.
 test-python: $(READY)

@@ -23,7 +23,7 @@ def weight(name: str, tall: bool = False) -> torch.Tensor:
     return matrix.mT.contiguous() if tall else matrix
 
 
-@pytest.mark.parametrize("rank", [1, 33, 175, 500])
+@pytest.mark.parametrize("rank", [1, 175, 500])
 @pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_what_is_captured_is_within_the_bound(name, tall, rank):
