@@ -182,7 +182,7 @@ def give_out_from(
     dense: bool = False,
 ) -> None:
     """Raise `ranks`, in place, as `global_ranks` does, to a total of at most `allowed`; `dense`: up to leaving a layer so."""
-    left = allowed - sum(price(layer, ranks[layer.name]) for layer in layers)
+    left = allowed - _total(layers, ranks, price)
     # Coarse steps look past small dips of a spectrum; single ranks then spend what no coarse step could pay.
     for step in (rank_step, 1):
         points = {
@@ -266,7 +266,7 @@ def _total(layers: Sequence[Layer], ranks: dict[str, int | None], price: Price) 
     return sum(price(layer, ranks[layer.name]) for layer in layers)
 
 
-def _need(layers: Sequence[Layer], smallest: dict[str, int | None], allowed: float, price: Price, unit: str) -> float:
+def _need(layers: Sequence[Layer], smallest: dict[str, int | None], allowed: float, price: Price, unit: str) -> None:
     total = _total(layers, smallest, price)
     if total > allowed:
         counts = [f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in (allowed, total)]
@@ -274,4 +274,3 @@ def _need(layers: Sequence[Layer], smallest: dict[str, int | None], allowed: flo
             f"budget leaves {counts[0]} {unit} for the {len(layers)} layers it governs, but the smallest ranks already cost "
             f"{counts[1]}; raise the budget, lower heads or round_to, or exclude layers"
         )
-    return total

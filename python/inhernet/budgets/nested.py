@@ -37,12 +37,13 @@ def nested_ranks(
     for amount in allowed:
         growing = [layer for layer in layers if ranks[layer.name] is not None]
         left = amount - sum(params(layer, None) for layer in layers if ranks[layer.name] is None)
-        if spectra is None:
-            wanted = uniform_ranks(growing, left, guard, grid)
-            ranks |= {name: rank if rank is None else max(rank, ranks[name] or 1) for name, rank in wanted.items()}
-        else:
+        if spectra is not None:
             give_out_from(growing, ranks, spectra, left, guard, grid, rank_step, dense=dense)
-        if spectra is None and not dense:
-            ranks |= {la.name: grid.below(la.limit(guard) - 1) for la in growing if ranks[la.name] is None}
+        else:
+            even = uniform_ranks(growing, left, guard, grid)
+            for layer in growing:
+                wanted = even[layer.name]
+                most = None if dense else grid.below(layer.limit(guard) - 1)
+                ranks[layer.name] = most if wanted is None else max(wanted, ranks[layer.name] or 1)
         found.append(dict(ranks))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .batches import (
     undisturbed,
 )
 from .factorise import Moments
+from .rows import length_of
 
 # A layer's name and the initialisation its moments are for.
 Key = tuple[str, str]
@@ -88,12 +89,11 @@ def collect_moments(
     device, draws = device_of(model), 0
     scales: dict[str, float] = {}
     calibration = reusable(calibration)
-    total = len(calibration) if isinstance(calibration, Sized) else None
     with (
         undisturbed(model),
         torch.inference_mode(False),
         torch.set_grad_enabled(fisher),
-        progress("calibration", total) as bar,
+        progress("calibration", length_of(calibration)) as bar,
     ):
         sums = {(name, init): _Sums(name, modules[name], init == "fisher") for name, init in needs}
         for number, batch in enumerate(calibration, 1):

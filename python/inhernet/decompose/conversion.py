@@ -20,10 +20,9 @@ from .batchnorm import check_batchnorm, has_batchnorm, reestimate_batchnorm
 from .calibration import collect_moments
 from .factorise import random_factors
 from .layers import LayerPlan
-from .pieces import TooFew
 from .planning import NEEDS, factors_of, missing_moments, plan
 from .plans import Plan, weights_hash
-from .refine import refine_blocks
+from .refine import refined_if
 from .selection import check_teacher
 from .truncated import truncated_factors
 
@@ -97,13 +96,8 @@ def inherit(
     if batches is None and result.statistics and result.factorised:
         _warn_of_missing_data(model, bool(refine), batchnorm)
     refinement = None
-    if refine and batches is not None and result.factorised:
-        config = refine if isinstance(refine, RefineConfig) else None
-        try:
-            refinement = refine_blocks(model, teacher, batches, config, output_fn or result.output_fn)
-        except TooFew:
-            if config is not None:
-                raise  # asked for; by default a single sample, which planning has warned of, is simply not refined on
+    if result.factorised:
+        refinement = refined_if(model, teacher, batches, refine, output_fn or result.output_fn)
     setattr(model, "inhernet_refinement", refinement)  # noqa: B010
     return kept_by_pretrained(model)
 
@@ -185,7 +179,7 @@ def _complete(
 
 
 def _module(dense: Any, layer: LayerPlan, result: Plan, teacher: nn.Module) -> LowRankModule:
-    if layer.init in NEEDS or layer.name in result.factors:
+    if layer.init in NEEDS or (layer.init == "svd" and layer.name in result.factors):
         factors = factors_of(result, teacher, layer).take(layer.rank or 1)
         return low_rank_module(dense, layer, result.config, factors)
     return low_rank_module(dense, layer, result.config)

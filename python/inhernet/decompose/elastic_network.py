@@ -22,10 +22,9 @@ from .batchnorm import reestimate_batchnorm
 from .conversion import inherit
 from .layers import LayerPlan
 from .levels import Level, Levels, at_level, attach, remember_batchnorm, set_level
-from .pieces import TooFew
 from .planning import factors_of, fixed_by_rule, plan
 from .plans import Plan
-from .refine import refine_blocks
+from .refine import refined_if
 
 
 def elastic(
@@ -62,7 +61,7 @@ def elastic(
         >>> teacher = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> model = elastic(teacher, (0.8, 0.4))
         >>> [level.params for level in model.inhernet_levels]
-        [6512, 3185]
+        [6528, 3200]
     """
     shares = _shares(levels)
     calibration = None if calibration is None else reusable(calibration)
@@ -83,15 +82,8 @@ def elastic(
                 if reestimate_batchnorm(model, calibration):
                     remember_batchnorm(model, number)
     set_level(model, 0)
-    if refine and calibration is not None:
-        how = refine if isinstance(refine, RefineConfig) else None
-        try:
-            done = refine_blocks(model, teacher, calibration, how, output_fn)
-        except TooFew:
-            if how is not None:
-                raise
-        else:
-            setattr(model, "inhernet_refinement", done)  # noqa: B010
+    done = refined_if(model, teacher, calibration, refine, output_fn)
+    setattr(model, "inhernet_refinement", done)  # noqa: B010
     return model
 
 

@@ -19,6 +19,7 @@ from .batches import copied
 from .layers import LayerPlan
 
 VERSION = 1
+_BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def attach(model: nn.Module, levels: Levels) -> None:
 
 def set_level(model: nn.Module, level: int) -> None:
     """Let an elastic network compute at one of its levels from now on; 0 is the largest. Nothing is copied but BatchNorm's
-    statistics, which each level has of its own: 36 layers take 20 µs.
+    statistics, which each level has of its own: a BERT of MiniLM's size takes 0.3 ms.
 
     Raises:
         ValueError: the model has no levels, or not this one.
@@ -113,14 +114,14 @@ def set_level(model: nn.Module, level: int) -> None:
     levels = levels_of(model)
     if type(level) is not int or not 0 <= level < len(levels):
         raise ValueError(f"level is {level!r}, expected 0 to {len(levels) - 1}, 0 the largest")
+    if model.__dict__.get("inhernet_level") == level:
+        return
     ranks = levels[level].ranks
     for name, module in model.named_modules():
-        if isinstance(module, LowRankModule):
-            module.use(ranks.get(name))
-    with torch.no_grad():
-        for norm in _norms(model):
-            norm.running_mean.copy_(getattr(norm, f"level{level}_running_mean"))
-            norm.running_var.copy_(getattr(norm, f"level{level}_running_var"))
+        if name in ranks:
+            module.use(ranks[name])
+        elif isinstance(module, _BATCHNORM) and module.running_mean is not None:
+            _recall(module, level)
     setattr(model, "inhernet_level", level)  # noqa: B010
 
 
@@ -138,6 +139,13 @@ def at_level(model: nn.Module, level: int) -> Iterator[None]:
         yield
     finally:
         set_level(model, before)
+
+
+@torch.no_grad()
+def _recall(norm: Any, level: int) -> None:
+    """Give a BatchNorm its statistics of a level."""
+    norm.running_mean.copy_(getattr(norm, f"level{level}_running_mean"))
+    norm.running_var.copy_(getattr(norm, f"level{level}_running_var"))
 
 
 def remember_batchnorm(model: nn.Module, level: int) -> None:
@@ -200,7 +208,7 @@ def levels_of(model: nn.Module) -> Levels:
     return found
 
 
-def contexts(model: nn.Module) -> list[int | None]:
+def levels_to_visit(model: nn.Module) -> list[int | None]:
     """The levels to visit where something is done at each: None alone for an ordinary model."""
     return list(range(len(levels_of(model)))) if "inhernet_levels" in model.__dict__ else [None]
 
@@ -243,5 +251,4 @@ def _shorten(module: LowRankModule) -> None:
 
 
 def _norms(model: nn.Module) -> list[Any]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return [module for module in model.modules() if isinstance(module, kind) and module.running_mean is not None]
+    return [module for module in model.modules() if isinstance(module, _BATCHNORM) and module.running_mean is not None]

@@ -196,16 +196,17 @@ def missing_moments(layer: LayerPlan, statistics: dict[Key, Moments] | None) -> 
 def fixed_by_rule(layer: LayerPlan, config: InheritConfig) -> bool:
     """Whether a rule of the configuration has decided the layer's rank."""
     key = match_rule(config.rules, layer.name)
-    rule = None if key is None else config.rules[key]
-    if isinstance(rule, Mapping):
-        rule = rule.get("rank", rule.get("ratio"))
-    return rule is not None
+    return key is not None and _size_in(config.rules[key]) is not None
+
+
+def _size_in(rule: Any) -> int | float | None:
+    """The rank or the ratio that a rule asks for."""
+    return rule.get("rank", rule.get("ratio")) if isinstance(rule, Mapping) else rule
 
 
 def _explicit(layer: LayerPlan, rule: Any, config: InheritConfig) -> bool:
     """Apply a rank or ratio a rule asks for; True if the rule leaves the rank to the budget."""
-    if isinstance(rule, Mapping):
-        rule = rule.get("rank", rule.get("ratio"))
+    rule = _size_in(rule)
     if rule is None:
         return True
     if isinstance(rule, int):

@@ -25,8 +25,8 @@ from ..layers import open_layers
 from ..nn import LowRankModule
 from .batches import device_of, undisturbed
 from .blocks import Call, blocks_of, call_of, order_of, without_cache
-from .levels import contexts, visiting
-from .pieces import Piece, pieces_of, rows_of
+from .levels import levels_to_visit, visiting
+from .pieces import Piece, TooFew, pieces_of, rows_of
 from .sensitivity import Judge, sensitivities
 from .text import text_table
 
@@ -125,7 +125,7 @@ def refine_blocks(
     pieces = pieces_of(calibration, device_of(model), config.seed)
     saved = None
     if config.state is not None:
-        settings = [config.steps, config.lr, config.seconds, config.seed]
+        settings = [config.steps, config.lr, config.seconds, config.seed, str(model.__dict__.get("inhernet_levels"))]
         parts = [settings, model.state_dict(), teacher.state_dict(), [piece.inputs for piece in pieces]]
         saved = _Saved(config.state, contents(parts))
     with undisturbed(model), undisturbed(teacher), without_cache(model, teacher), torch.inference_mode(False):
@@ -155,6 +155,24 @@ def refine_blocks(
     return Refinement(tuple(reports), time.monotonic() - started)
 
 
+def refined_if(
+    model: nn.Module,
+    teacher: nn.Module,
+    calibration: Iterable[Any] | None,
+    refine: RefineConfig | bool,
+    output_fn: Callable[[Any], Any] | None,
+) -> Refinement | None:
+    """What `refine=` of `inherit`, `elastic` and `restore` means: True refines where it can, a configuration must be able to."""
+    if not refine or calibration is None:
+        return None
+    try:
+        return refine_blocks(model, teacher, calibration, None if refine is True else refine, output_fn)
+    except TooFew:
+        if refine is not True:
+            raise  # asked for; by default a single sample, which planning has warned of, is simply not refined on
+        return None
+
+
 @contextmanager
 def _told(state: str | None) -> Iterator[None]:
     """Ctrl-C says where the finished blocks are."""
@@ -176,7 +194,7 @@ class _Streams:
 
     def __init__(self, model: nn.Module, teacher: nn.Module, pieces: list[Piece]) -> None:
         self.model, self.teacher, self.pieces = model, teacher, pieces
-        self.levels = contexts(model)
+        self.levels = levels_to_visit(model)
         plan: Any = getattr(model, "inhernet_plan", None)
         self.left_dense = set() if plan is None else {layer.name for layer in plan.selected if layer.rank is None}
         self.name: str | None = None

@@ -22,9 +22,8 @@ from .batchnorm import reestimate_batchnorm
 from .conversion import prepare
 from .layers import LayerPlan
 from .levels import ordinary
-from .pieces import TooFew
 from .planning import factors_of
-from .refine import refine_blocks
+from .refine import refined_if
 
 
 def restore(
@@ -57,7 +56,7 @@ def restore(
         >>> small = inhernet.inherit(teacher, inhernet.InheritConfig(budget=inhernet.ParamBudget(0.3)))
         >>> larger = restore(small, teacher, 0.6)
         >>> small[0].rank, larger[0].rank
-        (19, 38)
+        (9, 19)
     """
     need_fraction("share", share)
     model = ordinary(model)
@@ -87,14 +86,8 @@ def restore(
             result = replaced(result, layer.name, module)
     if calibration is not None:
         reestimate_batchnorm(result, calibration)
-    result.inhernet_plan, result.inhernet_refinement = plan.bare(), None
-    if refine and calibration is not None:
-        how = refine if isinstance(refine, RefineConfig) else None
-        try:
-            result.inhernet_refinement = refine_blocks(result, teacher, calibration, how, output_fn)
-        except TooFew:
-            if how is not None:
-                raise
+    result.inhernet_plan = plan.bare()
+    result.inhernet_refinement = refined_if(result, teacher, calibration, refine, output_fn)
     return kept_by_pretrained(result)
 
 

@@ -15,7 +15,7 @@ from ..console import progress
 from .batches import call, floating_outputs
 from .blocks import main_output
 from .calibration import NotFinite, origin, project
-from .levels import contexts, visiting
+from .levels import levels_to_visit, visiting
 from .pieces import Piece, rows_of
 
 # Pieces that the gradients are taken on (512 samples), and the widest output that gets a metric of its own.
@@ -106,7 +106,7 @@ class Judge:
         """By role: the root mean square over the output's tensors of `‖model − teacher‖ / ‖teacher‖`; of an elastic network
         the geometric mean over its levels."""
         found = []
-        for level in contexts(self.model):
+        for level in levels_to_visit(self.model):
             with visiting(self.model, level):
                 found.append(self._errors())
         return {role: math.prod(part[role] for part in found) ** (1 / len(found)) for role in found[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import atomic
-from ..decompose.batches import call as call_model
-from ..decompose.batches import floating_outputs
 from ..decompose.levels import ordinary
 from ..layers import replaced, sharing
 from ..nn import LowRankModule
-from .compare import check
+from .compare import check, outputs_of
 
 # Families whose runtime the arena has, by transformers' model_type; and its name of ours.
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -109,11 +108,7 @@ def export_lowrankarena(model: nn.Module, directory: str | os.PathLike[str], exa
         save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         (fresh / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         (fresh / "lowrankarena_method.json").write_text(json.dumps(method, indent=2) + "\n", encoding="utf-8")
-        again = _read(model, pairs, fresh / "model.safetensors")
-
-        def run(inputs: Any) -> list[Tensor]:
-            return [tensor for _, tensor in floating_outputs(call_model(again, inputs))]
-
+        run = partial(outputs_of, _read(model, pairs, fresh / "model.safetensors"))
         differences.append(check(run, model, example_inputs, "the exported directory"))
 
     target.parent.mkdir(parents=True, exist_ok=True)

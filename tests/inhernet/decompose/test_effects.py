@@ -65,6 +65,30 @@ def test_measured_once_for_several_budgets_and_kept_in_files(tmp_path, monkeypat
     assert model.inhernet_plan.effects == first.effects
 
 
+class Endless(torch.utils.data.IterableDataset):
+    """A loader of it has no length: `bool` of it is an error."""
+
+    def __iter__(self):
+        return iter(torch.cat(rows()))
+
+
+def test_a_loader_without_a_length():
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=32)
+    plan = inhernet.plan(Parallel().eval(), InheritConfig(budget=ParamBudget(0.5)), loader)
+    assert plan.effects
+
+
+def test_a_layer_that_was_not_measured_does_not_cost_the_others_their_effect(tmp_path):
+    teacher = Parallel().eval()
+    inhernet.plan(teacher, InheritConfig(budget=ParamBudget(0.5), rules={"calm": 8}), rows()).save(tmp_path)
+    first = Plan.load(tmp_path)
+    plain = inhernet.plan(teacher, InheritConfig(budget=ParamBudget(0.5), allocation="fisher"), statistics=first)
+    first.effects = {"steep": 3.0}
+    again = inhernet.plan(teacher, InheritConfig(budget=ParamBudget(0.5)), statistics=first)
+    assert again.effects == {"steep": 3.0}
+    assert ranks(again)["steep"] > ranks(plain)["steep"]
+
+
 def test_plans_without_effects_load_and_damaged_ones_are_refused(tmp_path):
     plan = inhernet.plan(Parallel().eval(), InheritConfig(budget=ParamBudget(0.5)), rows())
     plan.save(tmp_path)

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from three_layers import error, network, rows
 from torch import nn
 
 import inhernet
@@ -25,16 +26,6 @@ SHARES = (0.7, 0.5, 0.3)
 QUICK = RefineConfig(steps=30)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(48, 96), nn.Tanh(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
-
-
-def rows(seed: int = 1) -> list[torch.Tensor]:
-    mix = torch.randn(48, 48, generator=torch.Generator().manual_seed(9)) * torch.linspace(2, 0.1, 48)
-    return list((torch.randn(256, 48, generator=torch.Generator().manual_seed(seed)) @ mix.T).split(32))
-
-
 def images() -> tuple[nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
     net = cifar_resnet(8, num_classes=10, in_channels=1, widths=[8, 8, 16, 32])
@@ -43,12 +34,6 @@ def images() -> tuple[nn.Module, list[torch.Tensor]]:
     for batch in data:
         net(batch)  # statistics of its own
     return net.eval(), data
-
-
-def error(model: nn.Module, teacher: nn.Module, data: list[torch.Tensor]) -> float:
-    with torch.no_grad():
-        found, wanted = (torch.cat([net(batch) for batch in data]) for net in (model, teacher))
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="module")

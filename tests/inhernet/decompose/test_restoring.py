@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from three_layers import error, network, rows
 from torch import nn
 
 import inhernet
@@ -12,22 +13,6 @@ from inhernet.cli import main
 from inhernet.nn import LowRankModule
 
 QUICK = RefineConfig(steps=20)
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(48, 96), nn.Tanh(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
-
-
-def rows(seed: int = 1) -> list[torch.Tensor]:
-    mix = torch.randn(48, 48, generator=torch.Generator().manual_seed(9)) * torch.linspace(2, 0.1, 48)
-    return list((torch.randn(256, 48, generator=torch.Generator().manual_seed(seed)) @ mix.T).split(32))
-
-
-def error(model: nn.Module, teacher: nn.Module) -> float:
-    with torch.no_grad():
-        found, wanted = (torch.cat([net(batch) for batch in rows(2)]) for net in (model, teacher))
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -55,7 +40,7 @@ def test_what_was_there_stays_and_the_rest_is_the_teachers(heads):
     kept, spent = larger.inhernet_plan.selected_params[0], sum(p.numel() for p in larger.parameters())
     assert 0.66 * dense < kept <= 0.7 * dense
     assert spent == larger.inhernet_plan.total_params[0]
-    assert error(larger, teacher) < error(model, teacher)
+    assert error(larger, teacher, rows(2)) < error(model, teacher, rows(2))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
@@ -64,9 +49,9 @@ def test_refined_again_it_is_near_the_network_made_for_the_share(tmp_path):
     small = inhernet.inherit(teacher, InheritConfig(budget=ParamBudget(0.3)), rows(), refine=QUICK)
     larger = restore(small, teacher, 0.6, rows(), refine=QUICK)
     alone = inhernet.inherit(teacher, InheritConfig(budget=ParamBudget(0.6)), rows(), refine=QUICK)
-    assert error(larger, teacher) < 1.25 * error(alone, teacher)
+    assert error(larger, teacher, rows(2)) < 1.25 * error(alone, teacher, rows(2))
     inhernet.save(larger, tmp_path / "larger", factory=network)
-    assert error(inhernet.load(tmp_path / "larger", factory=network), larger) == 0.0
+    assert error(inhernet.load(tmp_path / "larger", factory=network), larger, rows(2)) == 0.0
 
 
 def test_without_data_a_plain_network_grows_evenly():
